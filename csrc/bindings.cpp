@@ -1,0 +1,134 @@
+// pybind11 module slm_fast._C: pointers and sizes as Python ints, no torch headers. Arguments are checked in
+// ops.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/parallel.h"
+#include "ops.h"
+
+namespace py = pybind11;
+using slm::DType;
+using Ptr = std::uintptr_t;
+
+namespace {
+
+template <typename T>
+T* as(Ptr p) {
+  return reinterpret_cast<T*>(p);
+}
+
+void key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask, int64_t mask_stride,
+                int64_t num_queries, int64_t num_keys, int64_t dim, int64_t top_k, int weighting,
+                float temperature, float min_similarity, Ptr indices, Ptr weights, Ptr scores,
+                int num_threads) {
+  const slm::KeySearch op{as<float>(query),
+                          as<void>(keys),
+                          static_cast<DType>(key_dtype),
+                          as<float>(bias),
+                          as<uint8_t>(mask),
+                          mask_stride,
+                          num_queries,
+                          num_keys,
+                          dim,
+                          top_k,
+                          static_cast<slm::Weighting>(weighting),
+                          temperature,
+                          min_similarity,
+                          as<int32_t>(indices),
+                          as<float>(weights),
+                          as<float>(scores)};
+  slm::key_search(op, num_threads);
+}
+
+slm::Mixture mixture(int x_dtype, Ptr A, Ptr B, int factor_dtype, Ptr start, Ptr rank, Ptr scaling,
+                     int64_t num_entries, int64_t total_rank, Ptr indices, Ptr weights, Ptr cu_seqlens,
+                     int64_t num_tokens, int64_t num_rows, int64_t top_k, int64_t in_features,
+                     int64_t out_features, int64_t u_stride) {
+  return {static_cast<DType>(x_dtype),
+          static_cast<DType>(factor_dtype),
+          as<void>(A),
+          as<void>(B),
+          as<int32_t>(start),
+          as<int32_t>(rank),
+          as<float>(scaling),
+          num_entries,
+          total_rank,
+          as<int32_t>(indices),
+          as<float>(weights),
+          as<int32_t>(cu_seqlens),
+          num_tokens,
+          num_rows,
+          top_k,
+          in_features,
+          out_features,
+          u_stride};
+}
+
+void mixture_forward(Ptr x, Ptr y, int x_dtype, Ptr A, Ptr B, int factor_dtype, Ptr start, Ptr rank,
+                     Ptr scaling, int64_t num_entries, int64_t total_rank, Ptr indices, Ptr weights,
+                     Ptr cu_seqlens, int64_t num_tokens, int64_t num_rows, int64_t top_k, int64_t in_features,
+                     int64_t out_features, Ptr u, int64_t u_stride, int num_threads) {
+  slm::mixture_forward(
+      mixture(x_dtype, A, B, factor_dtype, start, rank, scaling, num_entries, total_rank, indices, weights,
+              cu_seqlens, num_tokens, num_rows, top_k, in_features, out_features, u_stride),
+      as<void>(x), as<void>(y), as<float>(u), num_threads);
+}
+
+void mixture_backward(Ptr dy, Ptr x, Ptr u, int x_dtype, Ptr A, Ptr B, int factor_dtype, Ptr start, Ptr rank,
+                      Ptr scaling, int64_t num_entries, int64_t total_rank, Ptr indices, Ptr weights,
+                      Ptr cu_seqlens, int64_t num_tokens, int64_t num_rows, int64_t top_k,
+                      int64_t in_features, int64_t out_features, int64_t u_stride, Ptr dx, Ptr dA, Ptr dB,
+                      int64_t owned_begin, int64_t owned_end, Ptr dw, int num_threads) {
+  slm::mixture_backward(
+      mixture(x_dtype, A, B, factor_dtype, start, rank, scaling, num_entries, total_rank, indices, weights,
+              cu_seqlens, num_tokens, num_rows, top_k, in_features, out_features, u_stride),
+      as<void>(dy), as<void>(x), as<float>(u), as<void>(dx), as<float>(dA), as<float>(dB), owned_begin,
+      owned_end, as<float>(dw), num_threads);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = SLM_COMPILER;
+#ifdef SLM_CUDA_VERSION
+  info["cuda"] = SLM_CUDA_VERSION;
+#else
+  info["cuda"] = py::none();
+#endif
+  info["thread_pool"] = slm::thread_pool();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using py::arg;
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("key_search", &key_search, NoGil(), arg("query"), arg("keys"), arg("key_dtype"), arg("bias"),
+        arg("mask"), arg("mask_stride"), arg("num_queries"), arg("num_keys"), arg("dim"), arg("top_k"),
+        arg("weighting"), arg("temperature"), arg("min_similarity"), arg("indices"), arg("weights"),
+        arg("scores"), arg("num_threads"));
+  m.def("mixture_forward", &mixture_forward, NoGil(), arg("x"), arg("y"), arg("x_dtype"), arg("A"), arg("B"),
+        arg("factor_dtype"), arg("start"), arg("rank"), arg("scaling"), arg("num_entries"), arg("total_rank"),
+        arg("indices"), arg("weights"), arg("cu_seqlens"), arg("num_tokens"), arg("num_rows"), arg("top_k"),
+        arg("in_features"), arg("out_features"), arg("u"), arg("u_stride"), arg("num_threads"));
+  m.def("mixture_backward", &mixture_backward, NoGil(), arg("dy"), arg("x"), arg("u"), arg("x_dtype"),
+        arg("A"), arg("B"), arg("factor_dtype"), arg("start"), arg("rank"), arg("scaling"),
+        arg("num_entries"), arg("total_rank"), arg("indices"), arg("weights"), arg("cu_seqlens"),
+        arg("num_tokens"), arg("num_rows"), arg("top_k"), arg("in_features"), arg("out_features"),
+        arg("u_stride"), arg("dx"), arg("dA"), arg("dB"), arg("owned_begin"), arg("owned_end"), arg("dw"),
+        arg("num_threads"));
+  m.def("isa", &slm::isa);
+  m.def("isa_supported", &slm::isa_supported);
+  m.def("build_info", &build_info);
+#ifdef SLM_CUDA_VERSION
+  m.attr("has_cuda") = true;
+  m.def("cuda_devices", [] {
+    py::list devices;
+    for (const slm::CudaDevice& d : slm::cuda_devices())
+      devices.append(py::make_tuple(d.name, py::make_tuple(d.major, d.minor), d.total_bytes));
+    return devices;
+  });
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

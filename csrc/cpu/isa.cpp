@@ -1,0 +1,75 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../ops.h"
+
+namespace slm {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool supported;
+  const Kernels* (*kernels)();
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> list;
+#ifdef SLM_X86
+    __builtin_cpu_init();
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    list.push_back({"avx512_bf16", bf16, kernels_avx512_bf16});
+    list.push_back({"avx512", avx512, kernels_avx512});
+    list.push_back({"avx2", avx2, kernels_avx2});
+#endif
+    list.push_back({"baseline", true, kernels_baseline});
+    return list;
+  }();
+  return all;
+}
+
+const Isa& choose() {
+  const char* wanted = std::getenv("SLM_FAST_ISA");
+  for (const Isa& candidate : isas()) {
+    if (!wanted || !*wanted) {
+      if (candidate.supported) return candidate;
+    } else if (candidate.name == std::string(wanted)) {
+      if (candidate.supported) return candidate;
+      throw std::invalid_argument("SLM_FAST_ISA=" + std::string(wanted) +
+                                  " is not supported by this processor");
+    }
+  }
+  throw std::invalid_argument("SLM_FAST_ISA must be avx512_bf16, avx512, avx2 or baseline, got " +
+                              std::string(wanted));
+}
+
+const Isa& chosen() {
+  static const Isa& isa = choose();
+  return isa;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& table = *chosen().kernels();
+  return table;
+}
+
+std::string isa() { return chosen().name; }
+
+std::vector<std::string> isa_supported() {
+  std::vector<std::string> names;
+  for (const Isa& candidate : isas())
+    if (candidate.supported) names.push_back(candidate.name);
+  return names;
+}
+
+}  // namespace slm

@@ -1,0 +1,12 @@
+#define SLM_ISA isa_avx2
+#define SLM_TILE_T 2
+
+#include "kernels.h"
+
+#include "vec_avx2.h"
+
+#include "kernels.inc"
+
+#include "search.inc"
+
+const slm::Kernels* slm::kernels_avx2() { return &slm::SLM_ISA::table; }

@@ -1,0 +1,12 @@
+#define SLM_ISA isa_avx512
+#define SLM_TILE_T 4
+
+#include "kernels.h"
+
+#include "vec_avx512.h"
+
+#include "kernels.inc"
+
+#include "search.inc"
+
+const slm::Kernels* slm::kernels_avx512() { return &slm::SLM_ISA::table; }

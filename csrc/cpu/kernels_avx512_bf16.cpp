@@ -1,0 +1,13 @@
+#define SLM_ISA isa_avx512_bf16
+#define SLM_TILE_T 4
+#define SLM_DPBF16
+
+#include "kernels.h"
+
+#include "vec_avx512.h"
+
+#include "kernels.inc"
+
+#include "search.inc"
+
+const slm::Kernels* slm::kernels_avx512_bf16() { return &slm::SLM_ISA::table; }

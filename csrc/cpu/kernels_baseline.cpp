@@ -1,0 +1,12 @@
+#define SLM_ISA isa_baseline
+#define SLM_TILE_T 2
+
+#include "kernels.h"
+
+#include "vec_baseline.h"
+
+#include "kernels.inc"
+
+#include "search.inc"
+
+const slm::Kernels* slm::kernels_baseline() { return &slm::SLM_ISA::table; }

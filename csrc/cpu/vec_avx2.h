@@ -1,0 +1,94 @@
+// 8 fp32 lanes with FMA and F16C. Included by the AVX2 translation unit only.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace slm {
+namespace SLM_ISA {
+namespace {
+
+using V = __m256;
+constexpr int W = 8;
+constexpr int kAxpyVectors = 2;
+constexpr int kTileT = SLM_TILE_T;
+constexpr int kWideTile = 8;
+
+inline V zero() { return _mm256_setzero_ps(); }
+inline V set1(float a) { return _mm256_set1_ps(a); }
+inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline bool any_greater(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+
+inline V from(__m128i h, bf16_t) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline V from(__m128i h, f16_t) { return _mm256_cvtph_ps(h); }
+
+inline V load(const float* p) { return _mm256_loadu_ps(p); }
+template <class T>
+inline V load(const T* p) {
+  return from(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+}
+template <class T>
+inline V load_n(const T* p, int n) {
+  T lane[W] = {};
+  for (int i = 0; i < n; ++i) lane[i] = p[i];
+  return load(lane);
+}
+
+inline __m128i to(V v, bf16_t) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+inline __m128i to(V v, f16_t) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+template <class T>
+inline void store(T* p, V v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to(v, T{}));
+}
+template <class T>
+inline void store_n(T* p, V v, int n) {
+  T lane[W];
+  store(lane, v);
+  for (int i = 0; i < n; ++i) p[i] = lane[i];
+}
+
+inline float sum(V v) {
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+
+// The same tree as sum, for four vectors at once.
+inline __m128 quarter(V v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+inline void sum4(V a, V b, V c, V d, float* out) {
+  const __m128 qa = quarter(a), qb = quarter(b), qc = quarter(c), qd = quarter(d);
+  const __m128 s = _mm_add_ps(_mm_unpacklo_ps(qa, qb), _mm_unpackhi_ps(qa, qb));
+  const __m128 t = _mm_add_ps(_mm_unpacklo_ps(qc, qd), _mm_unpackhi_ps(qc, qd));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(s, t), _mm_movehl_ps(t, s)));
+}
+
+// out[t * stride + j] = sum(v[t * NJ + j])
+template <int NT, int NJ>
+inline void sums(const V* v, float* out, int64_t stride) {
+  if constexpr (NJ % 4 == 0) {
+    repeat<NT * NJ / 4>([&](auto q) SLM_INLINE {
+      constexpr int i = 4 * q;
+      sum4(v[i], v[i + 1], v[i + 2], v[i + 3], out + i / NJ * stride + i % NJ);
+    });
+  } else {
+    repeat<NT * NJ>([&](auto i) SLM_INLINE { out[i / NJ * stride + i % NJ] = sum(v[i]); });
+  }
+}
+
+}  // namespace
+}  // namespace SLM_ISA
+}  // namespace slm

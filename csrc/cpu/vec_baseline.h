@@ -1,0 +1,58 @@
+// 4 fp32 lanes with the compiler's vector extension: SSE2 on x86-64, NEON on AArch64, plain code elsewhere.
+#pragma once
+
+#include "scalar.h"
+
+namespace slm {
+namespace SLM_ISA {
+namespace {
+
+typedef float V __attribute__((vector_size(16)));
+constexpr int W = 4;
+constexpr int kAxpyVectors = 2;
+constexpr int kTileT = SLM_TILE_T;
+constexpr int kWideTile = 8;
+
+inline V set1(float a) { return V{a, a, a, a}; }
+inline V zero() { return set1(0.0f); }
+inline V add(V a, V b) { return a + b; }
+inline V fma(V a, V b, V c) { return a * b + c; }  // two roundings: built with -ffp-contract=off
+inline bool any_greater(V a, V b) { return a[0] > b[0] || a[1] > b[1] || a[2] > b[2] || a[3] > b[3]; }
+
+inline V load(const float* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline V load(const T* p) {
+  return V{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+template <class T>
+inline V load_n(const T* p, int n) {
+  V v = zero();
+  for (int i = 0; i < n; ++i) v[i] = widen(p[i]);
+  return v;
+}
+
+inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class T>
+inline void store_n(T* p, V v, int n) {
+  for (int i = 0; i < n; ++i) narrow(v[i], p + i);
+}
+template <class T>
+inline void store(T* p, V v) {
+  store_n(p, v, W);
+}
+
+inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+// out[t * stride + j] = sum(v[t * NJ + j])
+template <int NT, int NJ>
+inline void sums(const V* v, float* out, int64_t stride) {
+  repeat<NT * NJ>([&](auto i) SLM_INLINE { out[i / NJ * stride + i % NJ] = sum(v[i]); });
+}
+
+}  // namespace
+}  // namespace SLM_ISA
+}  // namespace slm

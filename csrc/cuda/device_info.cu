@@ -1,0 +1,28 @@
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+
+#include "../ops.h"
+
+namespace slm {
+namespace {
+
+void check(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+}  // namespace
+
+std::vector<CudaDevice> cuda_devices() {
+  int count = 0;
+  check(cudaGetDeviceCount(&count));
+  std::vector<CudaDevice> devices;
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties;
+    check(cudaGetDeviceProperties(&properties, i));
+    devices.push_back({properties.name, properties.major, properties.minor, properties.totalGlobalMem});
+  }
+  return devices;
+}
+
+}  // namespace slm

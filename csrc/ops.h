@@ -1,0 +1,70 @@
+// The extension's ops on raw pointers. slm_fast/reference.py is the specification of what each one computes.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace slm {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Weighting : int { similarity = 0, softmax = 1, uniform = 2 };
+
+inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+struct KeySearch {
+  const float* query;  // [num_queries, dim]
+  const void* keys;    // [num_keys, dim]
+  DType key_dtype;
+  const float* bias;    // [num_keys] or null
+  const uint8_t* mask;  // nonzero = allowed, or null
+  int64_t mask_stride;  // 0: one mask for all queries
+  int64_t num_queries, num_keys, dim, top_k;
+  Weighting weighting;
+  float temperature, min_similarity;
+  int32_t* indices;  // [num_queries, top_k]
+  float* weights;
+  float* scores;
+};
+
+// The slabs and the routing that forward and backward share.
+struct Mixture {
+  DType x_dtype, factor_dtype;
+  const void* A;         // [total_rank, in_features]
+  const void* B;         // [total_rank, out_features]
+  const int32_t* start;  // [num_entries]
+  const int32_t* rank;
+  const float* scaling;
+  int64_t num_entries, total_rank;
+  const int32_t* indices;     // [num_rows, top_k]
+  const float* weights;       // [num_rows, top_k]
+  const int32_t* cu_seqlens;  // [num_rows + 1], or null: num_tokens / num_rows tokens each
+  int64_t num_tokens, num_rows, top_k, in_features, out_features;
+  int64_t u_stride;  // top_k * the columns of one pick in u; 0 without u
+
+  int64_t token_begin(int64_t row) const {
+    return cu_seqlens ? cu_seqlens[row] : (num_rows ? num_tokens / num_rows * row : 0);
+  }
+  int64_t columns_of_pick() const { return top_k ? u_stride / top_k : 0; }
+};
+
+// Throw std::invalid_argument on arguments that would read or write out of bounds, and on non-finite queries.
+void key_search(const KeySearch& op, int num_threads);
+void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int num_threads);
+// dA and dB cover the slab rows owned_begin:owned_end. dw of a weight that is 0 is 0: its u was never
+// computed.
+void mixture_backward(const Mixture& op, const void* dy, const void* x, const float* u, void* dx, float* dA,
+                      float* dB, int64_t owned_begin, int64_t owned_end, float* dw, int num_threads);
+
+std::string isa();
+std::vector<std::string> isa_supported();
+
+struct CudaDevice {
+  std::string name;
+  int major, minor;
+  uint64_t total_bytes;
+};
+// Throws std::runtime_error with CUDA's message.
+std::vector<CudaDevice> cuda_devices();
+
+}  // namespace slm

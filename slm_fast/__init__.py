@@ -1,0 +1,21 @@
+"""One frozen Hugging Face model that keeps learning tasks and answers every row with its own mixture."""
+
+from slm_fast.config import SLMConfig
+from slm_fast.encoder import Encoder
+from slm_fast.layers import patch_model, unpatch_model
+from slm_fast.model import Prediction, SLMModel, get_slm_model
+from slm_fast.pool import KnowledgePool
+from slm_fast.routing import Routing
+
+__version__ = "0.1.0"
+__all__ = [
+    "Encoder",
+    "KnowledgePool",
+    "Prediction",
+    "Routing",
+    "SLMConfig",
+    "SLMModel",
+    "get_slm_model",
+    "patch_model",
+    "unpatch_model",
+]

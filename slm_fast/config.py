@@ -1,0 +1,156 @@
+"""Settings of the method, and how the paper's words map to this project's names.
+
+| paper (ICLR 2024) | here |
+|---|---|
+| JARe, joint adaptive re-parameterisation | the mixture: `ops.mixture`, `layers.MixtureLinear` |
+| DTKR, dynamic task-related knowledge retrieval | the routing: `SLMModel.route`, `ops.key_search` |
+| weight increment, knowledge vector | a pool entry's factors `A`, `B` |
+| pool, memory bank | `KnowledgePool` |
+| groups | `num_groups` |
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm_fast.reference import WEIGHTINGS
+
+CONFIG_NAME = "slm_config.json"
+METRICS = ("whitened", "grouped_cosine")
+KEY_METHODS = ("group_avg", "kmeans", "paper")
+MIXINGS = ("instance", "batch")
+POOLINGS = ("auto", "mean", "first", "last")
+MAX_TOP_K = 64
+
+# The linears that the paper re-parameterises, and their counterparts in the other families.
+DEFAULT_TARGETS = {"bert": ["attention.output.dense"], "roberta": ["attention.output.dense"], "t5": ["o"]}
+DEFAULT_TARGET = ["o_proj"]
+
+
+@dataclass
+class SLMConfig:
+    """Settings of a Scalable Language Model.
+
+    Args:
+        r: rank of a pool entry.
+        target_modules: name suffixes of the linears that get a mixture, "all-linear" for every linear of the
+            backbone except its output head, or None for the paper's choice (`o_proj`; BERT:
+            `attention.output.dense`).
+        scaling: factor on every update, PEFT's `lora_alpha / r`.
+        entries_per_task: pool entries that a new task gets.  top_k: entries mixed for a row.
+        metric: "whitened" (Mahalanobis score from replay-free statistics) or "grouped_cosine" (the paper).
+        num_groups: groups of `grouped_cosine` and of the "paper" key method.
+        shrinkage: whitened: multiple of the identity added to the within-task covariance, in units of its
+            mean diagonal. None chooses it from the statistics alone (OAS).
+        key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
+            step.
+        query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
+            query stays under 4,096 values, else evenly spaced ones.
+        weighting: "softmax", "similarity" or "uniform".  temperature: of the softmax, in units of the score;
+            None lets the metric choose.
+        min_similarity: rows whose best score is lower use the frozen model. whitened: nats by which the key
+            must explain the query better than the mean of all tasks does; grouped_cosine: a cosine.
+        mixing: "instance" (a mixture per row) or "batch" (the paper's evaluation: scores averaged over the
+            batch).
+        pooling: what a classification head reads: "mean", "first" or "last" token; "auto" by architecture.
+        encoder_name_or_path: sentence encoder, a folder or a hub id.  encoder_max_length: tokens kept of a
+            text.
+        backend: "auto" or a name from `dispatch.available()`.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    scaling: float = 1.0
+    entries_per_task: int = 4
+    top_k: int = 2
+    metric: str = "whitened"
+    num_groups: int = 6
+    shrinkage: float | None = None
+    key_method: str = "group_avg"
+    key_masking: float = 0.2
+    query_layers: list[int] | str = "auto"
+    weighting: str = "softmax"
+    temperature: float | None = None
+    min_similarity: float | None = None
+    mixing: str = "instance"
+    pooling: str = "auto"
+    encoder_name_or_path: str | None = None
+    encoder_max_length: int = 256
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("r", "entries_per_task", "num_groups", "encoder_max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= MAX_TOP_K:
+            raise ValueError(f"top_k must be an integer from 1 to {MAX_TOP_K}, got {self.top_k!r}")
+        choices = dict(
+            metric=METRICS, key_method=KEY_METHODS, weighting=WEIGHTINGS, mixing=MIXINGS, pooling=POOLINGS
+        )
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("temperature", "shrinkage"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, or None, got {value!r}")
+        if not 0 <= self.key_masking < 1:
+            raise ValueError(f"key_masking must be in [0, 1), got {self.key_masking!r}")
+        if isinstance(self.query_layers, str):
+            if self.query_layers != "auto":
+                raise ValueError(
+                    f'query_layers must be "auto" or a list of layers, got {self.query_layers!r}'
+                )
+        else:
+            self.query_layers = [int(layer) for layer in self.query_layers]
+            if not self.query_layers:
+                raise ValueError("query_layers must name at least one layer")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            self.target_modules = [self.target_modules]
+
+    @classmethod
+    def paper(cls, **overrides) -> "SLMConfig":
+        """The paper's LLaMA settings; for its BERT ones pass `r=12, top_k=4`."""
+        settings = dict(
+            metric="grouped_cosine",
+            weighting="similarity",
+            query_layers=[-1],
+            key_method="paper",
+            key_masking=0.2,
+        )
+        return cls(**(settings | overrides))
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "SLMConfig":
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown SLMConfig fields: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_NAME).write_text(
+            json.dumps({"config": self.to_dict()}, indent=2) + "\n", encoding="utf8"
+        )
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "SLMConfig":
+        """Read the settings of a saved config or model. Raises OSError when the file is not there."""
+        path = Path(directory) / CONFIG_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf8"))
+        except json.JSONDecodeError as error:
+            raise OSError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(content, dict) or "config" not in content:
+            raise OSError(f'{path} has no "config" section')
+        return cls.from_dict(content["config"])

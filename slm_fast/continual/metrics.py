@@ -1,0 +1,44 @@
+"""What an accuracy matrix says: R[t][i] is the score on task i after learning tasks 0..t, or None."""
+
+Matrix = list[list[float | None]]
+
+DEFINITIONS = {
+    "average_accuracy": "mean over tasks of R[T-1][i]",
+    "forgetting": "max minus last: mean over i < T-1 of max_{i<=t<T-1} R[t][i] - R[T-1][i]",
+    "forgetting_first": "first minus last: mean over i < T-1 of R[i][i] - R[T-1][i]",
+    "backward_transfer": "mean over i < T-1 of R[T-1][i] - R[i][i] (divided by T-1)",
+    "forward_transfer": "mean over i > 0 of R[i-1][i] - b[i], b = before learning (Lopez-Paz, 2017)",
+}
+
+
+def summarize(matrix: Matrix, before: list[float] | None = None) -> dict[str, float | None]:
+    """All of `DEFINITIONS` for a matrix; None where the entries that a metric needs were not measured.
+
+    before: score on each task before anything was learnt, for forward transfer.
+    """
+    count = len(matrix)
+    last = matrix[-1]
+    first = [matrix[i][i] for i in range(count)]
+    earlier = [[matrix[t][i] for t in range(i, count - 1)] for i in range(count - 1)]
+    summary: dict[str, float | None] = dict.fromkeys(DEFINITIONS)
+    if None not in last:
+        summary["average_accuracy"] = sum(last) / count
+        if count > 1 and None not in first:
+            drops = [first[i] - last[i] for i in range(count - 1)]
+            summary["forgetting_first"] = sum(drops) / (count - 1)
+            summary["backward_transfer"] = -summary["forgetting_first"]
+        if count > 1 and all(None not in scores for scores in earlier):
+            summary["forgetting"] = sum(max(s) - last[i] for i, s in enumerate(earlier)) / (count - 1)
+    ahead = [matrix[i - 1][i] for i in range(1, count)]
+    if before is not None and ahead and None not in ahead:
+        summary["forward_transfer"] = sum(a - b for a, b in zip(ahead, before[1:], strict=True)) / len(ahead)
+    return summary
+
+
+def merge_tasks(confusion: list[list[float]], names: list[str], groups: list[set[str]]) -> dict[str, float]:
+    """Routing accuracy per task when confusions inside a group (tasks that share labels) count as right."""
+    allowed = {name: next((g for g in groups if name in g), {name}) for name in names}
+    return {
+        name: sum(value for other, value in zip(names, row, strict=True) if other in allowed[name])
+        for name, row in zip(names, confusion, strict=True)
+    }

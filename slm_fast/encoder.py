@@ -1,0 +1,177 @@
+"""The frozen sentence encoder: texts in, queries out, computed once per text."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+MAX_QUERY_DIM = 4096
+CACHE_BYTES = 512 << 20
+
+
+def choose_layers(query_layers: list[int] | str, num_layers: int, hidden_size: int) -> list[int]:
+    """The hidden states that make up a query, out of `num_layers` + 1 (0 is the embedding layer).
+
+    "auto" takes all of them while the query stays under 4,096 values, else evenly spaced ones, always with
+    the first, a middle one and the last.
+    """
+    total = num_layers + 1
+    if query_layers == "auto":
+        count = min(total, max(3, (MAX_QUERY_DIM - 1) // hidden_size))
+        return sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
+    layers = [layer + total if layer < 0 else layer for layer in query_layers]
+    if any(not 0 <= layer < total for layer in layers):
+        raise ValueError(
+            f"query_layers {query_layers} are out of range: the encoder has layers 0 to {total - 1}"
+        )
+    return layers
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean over a text's own tokens, fp32: [B, L, H], [B, L] -> [B, H]."""
+    mask = attention_mask[..., None].float()
+    return (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+class Encoder:
+    """Turns texts into queries [B, D] fp32, on the CPU, and remembers them.
+
+    Args:
+        source: a sentence-transformers object, a transformers model folder or hub id, a callable `list[str]
+            -> [B, D]`, or None when every call passes precomputed embeddings.
+        query_layers: see `SLMConfig`. One layer alone is kept as it is (the paper), several are L2-normalised
+            each and concatenated.
+        max_length: tokens kept of a text; longer ones are cut at the end, with a warning that counts them.
+    """
+
+    def __init__(
+        self,
+        source=None,
+        *,
+        query_layers: list[int] | str = "auto",
+        max_length: int = 256,
+        batch_size: int = 32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.device = torch.device(device)
+        self.name_or_path: str | None = None
+        self.model: nn.Module | None = None
+        self.function: Callable | None = None
+        self.num_truncated = 0
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        if source is None:
+            return
+        if hasattr(source, "tokenizer") and hasattr(source, "encode"):
+            self._take(source[0].auto_model, source.tokenizer, query_layers)
+            self.name_or_path = getattr(self.model.config, "_name_or_path", None)
+        elif callable(source) and not isinstance(source, nn.Module):
+            if query_layers not in ("auto", [-1]):
+                raise ValueError(
+                    "query_layers cannot be chosen for a callable encoder: it returns finished queries"
+                )
+            self.function = source
+        elif isinstance(source, str) or hasattr(source, "__fspath__"):
+            from transformers import AutoModel, AutoTokenizer
+
+            self.name_or_path = str(source)
+            model = AutoModel.from_pretrained(self.name_or_path, dtype=torch.float32)
+            self._take(model, AutoTokenizer.from_pretrained(self.name_or_path), query_layers)
+        else:
+            raise ValueError(
+                "the encoder must be a sentence-transformers object, a model folder, a hub id or a callable, "
+                f"got {type(source).__name__}"
+            )
+
+    def _take(self, model: nn.Module, tokenizer, query_layers: list[int] | str) -> None:
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.layers = choose_layers(query_layers, model.config.num_hidden_layers, model.config.hidden_size)
+        limit = getattr(model.config, "max_position_embeddings", self.max_length)
+        if getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "mpnet", "camembert"):
+            limit -= model.config.pad_token_id + 1  # their positions start behind the padding index
+        self.max_length = min(self.max_length, limit)
+
+    def __call__(self, texts: Sequence[str], progress: bool = False) -> Tensor:
+        """Queries of `texts`, [B, D] fp32. Raises ValueError on an empty batch or text and on NaN queries."""
+        texts = check_texts(texts)
+        missing = list(dict.fromkeys(text for text in texts if text not in self._cache))
+        fresh: dict[str, Tensor] = {}
+        if missing:
+            missing.sort(key=len, reverse=True)
+            starts = range(0, len(missing), self.batch_size)
+            for lo in tqdm(starts, desc="encoding", disable=not progress or len(starts) < 2):
+                part = missing[lo : lo + self.batch_size]
+                fresh.update(zip(part, self._encode(part), strict=True))
+        queries = torch.stack([fresh[text] if text in fresh else self._cache[text] for text in texts])
+        self._remember(fresh)
+        return queries
+
+    @torch.no_grad()
+    def _encode(self, texts: list[str]) -> Tensor:
+        if self.function is not None:
+            queries = torch.as_tensor(self.function(texts)).float().cpu()
+            if queries.ndim != 2 or queries.shape[0] != len(texts):
+                raise ValueError(
+                    f"the encoder returned {list(queries.shape)} for {len(texts)} texts, wanted [B, D]"
+                )
+        elif self.model is not None:
+            queries = self._hidden_queries(texts)
+        else:
+            raise ValueError("this model has no encoder: pass embeddings= instead of texts=")
+        if not bool(queries.isfinite().all()):
+            bad = int((~queries.isfinite()).any(-1).nonzero()[0])
+            raise ValueError(f"the encoder's query is NaN or infinite for text {texts[bad][:80]!r}")
+        return queries
+
+    def _hidden_queries(self, texts: list[str]) -> Tensor:
+        encoded = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        full = encoded["attention_mask"].sum(1) >= self.max_length
+        cut = sum(
+            len(self.tokenizer(texts[row], verbose=False)["input_ids"]) > self.max_length
+            for row in full.nonzero().flatten().tolist()
+        )
+        if cut:
+            if not self.num_truncated:
+                logger.warning(
+                    "texts longer than encoder_max_length=%d tokens are cut at the end", self.max_length
+                )
+            self.num_truncated += cut
+        encoded = encoded.to(self.device)
+        states = self.model(**encoded, output_hidden_states=True).hidden_states
+        pooled = [mean_pool(states[layer], encoded["attention_mask"]) for layer in self.layers]
+        if len(pooled) > 1:
+            pooled = [F.normalize(p, dim=-1) for p in pooled]
+        return torch.cat(pooled, dim=-1).cpu()
+
+    def _remember(self, fresh: dict[str, Tensor]) -> None:
+        for text, query in fresh.items():
+            self._cache[text] = query.clone()
+        if self._cache:
+            limit = max(CACHE_BYTES // (4 * next(iter(self._cache.values())).numel()), 1)
+            while len(self._cache) > limit:
+                self._cache.popitem(last=False)
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """A non-empty list of non-empty strings, or ValueError."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, got one string")
+    texts = list(texts)
+    if not texts:
+        raise ValueError("texts is empty: a batch needs at least one row")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{row}] must be a string, got {type(text).__name__}")
+        if not text.strip():
+            raise ValueError(f"texts[{row}] is empty")
+    return texts

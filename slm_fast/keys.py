@@ -1,0 +1,224 @@
+"""Metrics that score a query against keys, and the three ways to make a task's keys from its queries.
+
+Every metric is reduced to `score(q, p) = <transform(q), c_p> + beta_p`, so that one search serves all of
+them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm_fast.config import SLMConfig
+from slm_fast.reference import group_normalize, key_learning_loss
+
+
+class GroupedCosine(nn.Module):
+    """The paper's metric: mean over groups of the cosine between a query's and a key's slice.
+
+    score = <gn(q), gn(k)> / G,  gn = L2-normalise each of the G slices.  Source: SLM (ICLR 2024), section
+    3.2.
+    """
+
+    default_temperature = 0.05
+
+    def __init__(self, config: SLMConfig, dim: int) -> None:
+        super().__init__()
+        self.num_groups = config.num_groups
+        if dim % self.num_groups:
+            raise ValueError(f"the query size {dim} is not divisible by num_groups={self.num_groups}")
+
+    def update(self, query: Tensor) -> None:
+        """Take in a new task's queries [N, D]; the cosine needs no statistics."""
+
+    def transform(self, query: Tensor) -> Tensor:
+        return group_normalize(query, self.num_groups)
+
+    def index(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [P, D] -> what is searched: c [P, D] and beta [P]."""
+        return group_normalize(keys, self.num_groups) / self.num_groups, keys.new_zeros(keys.shape[0])
+
+    def embed(self, query: Tensor) -> Tensor:
+        """Queries [N, D] -> points whose Euclidean geometry is the metric's; for clustering."""
+        return group_normalize(query, self.num_groups)
+
+
+class Whitened(nn.Module):
+    """Log-likelihood ratio of a Gaussian at the key against one at the mean of all tasks, in nats.
+
+        score = <q - mu, c> + beta,   c = (S + lambda I)^-1 (k - mu),   beta = -<k - mu, c> / 2
+
+    which orders keys by their Mahalanobis distance to q. S is the pooled within-task covariance, kept as a
+    count and a
+    scatter matrix, never as examples: a new task changes the metric, not the stored keys. lambda is
+    `shrinkage` times the mean diagonal of S; by default the OAS estimate (Chen et al., 2010) of the optimal
+    shrinkage, at most 1.
+    """
+
+    default_temperature = 1.0
+
+    def __init__(self, config: SLMConfig, dim: int) -> None:
+        super().__init__()
+        self.shrinkage = config.shrinkage
+        self.register_buffer("scatter", torch.zeros(dim, dim))
+        self.register_buffer("mean_sum", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("num_tasks", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_queries", torch.zeros((), dtype=torch.int64))
+        self._factor: Tensor | None = None
+
+    def update(self, query: Tensor) -> None:
+        """Add a new task's queries [N, D] to the statistics."""
+        mean = query.double().mean(0)
+        centred = query - mean.float()
+        self.scatter += (centred.T @ centred).to(self.scatter)
+        self.mean_sum += mean.to(self.mean_sum)
+        self.num_tasks += 1
+        self.num_queries += query.shape[0]
+        self._factor = None
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._factor = None
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.mean_sum / self.num_tasks.clamp(min=1)).float()
+
+    def covariance(self) -> tuple[Tensor, float]:
+        """The within-task covariance S [D, D] fp32 and the ridge lambda, in the units of S."""
+        dim = self.scatter.shape[0]
+        degrees = max(int(self.num_queries) - int(self.num_tasks), 1)
+        cov = self.scatter / degrees
+        trace = float(cov.diagonal().sum(dtype=torch.float64))
+        mean_variance = trace / dim
+        if mean_variance <= 0:
+            return cov, 1.0
+        if self.shrinkage is not None:
+            return cov, self.shrinkage * mean_variance
+        trace_squared = trace * trace
+        frobenius = float(cov.square().sum(dtype=torch.float64))
+        numerator = (1 - 2 / dim) * frobenius + trace_squared
+        denominator = (degrees + 1 - 2 / dim) * max(frobenius - trace_squared / dim, 1e-30)
+        rho = min(numerator / denominator, 0.5)
+        return cov, max(rho / (1 - rho), 1e-3) * mean_variance
+
+    def cholesky(self) -> Tensor:
+        """Lower factor of S + lambda I, cached until the statistics change."""
+        if self._factor is None or self._factor.device != self.scatter.device:
+            cov, ridge = self.covariance()
+            self._factor = torch.linalg.cholesky(
+                cov.double() + ridge * torch.eye(len(cov), device=cov.device)
+            )
+        return self._factor
+
+    def transform(self, query: Tensor) -> Tensor:
+        return query - self.mean
+
+    def index(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [P, D] -> what is searched: c [P, D] and beta [P]."""
+        centred = (keys - self.mean).double()
+        c = torch.cholesky_solve(centred.T, self.cholesky()).T
+        return c.float().contiguous(), (-0.5 * (centred * c).sum(-1)).float()
+
+    def embed(self, query: Tensor) -> Tensor:
+        """Queries [N, D] -> points whose Euclidean geometry is the metric's; for clustering."""
+        centred = (query - self.mean).double()
+        return torch.linalg.solve_triangular(self.cholesky(), centred.T, upper=False).T.float()
+
+
+METRIC_CLASSES = {"grouped_cosine": GroupedCosine, "whitened": Whitened}
+
+
+def learn_keys(
+    query: Tensor,
+    num_keys: int,
+    metric: nn.Module,
+    config: SLMConfig,
+    method: str,
+    seed: int = 0,
+    progress=None,
+) -> Tensor:
+    """Make a task's keys from its queries: [N, D] fp32 -> [num_keys, D] fp32 in the queries' raw space.
+
+    group_avg: the mean of each of `num_keys` random parts.  kmeans: Lloyd's algorithm in the metric's space.
+    paper: keys from an orthogonal start, trained by `reference.key_learning_loss`.
+    Raises ValueError when there are fewer queries than keys.
+    """
+    if query.shape[0] < num_keys:
+        raise ValueError(f"{num_keys} keys need at least {num_keys} texts, got {query.shape[0]}")
+    generator = torch.Generator().manual_seed(seed)
+    if method == "group_avg":
+        order = torch.randperm(query.shape[0], generator=generator).to(query.device)
+        return torch.stack([query[part].mean(0) for part in order.tensor_split(num_keys)])
+    if method == "kmeans":
+        return _kmeans(query, metric.embed(query), num_keys, generator)
+    return _train_keys(query, num_keys, config, generator, progress)
+
+
+def _kmeans(
+    query: Tensor, points: Tensor, num_keys: int, generator: torch.Generator, iterations: int = 50
+) -> Tensor:
+    """Lloyd's algorithm with a k-means++ start; returns the raw-space means of the clusters."""
+    first = int(torch.randint(len(points), (1,), generator=generator))
+    centres = points[first : first + 1]
+    for _ in range(num_keys - 1):
+        distance = torch.cdist(points, centres).square().amin(-1).cpu()
+        if float(distance.sum()) <= 0:
+            distance = torch.ones_like(distance)
+        pick = torch.multinomial(distance, 1, generator=generator).to(points.device)
+        centres = torch.cat([centres, points[pick]])
+    assignment = None
+    for _ in range(iterations):
+        distance, closest = torch.cdist(points, centres).min(-1)
+        _fill_empty(closest, distance, num_keys)
+        if assignment is not None and torch.equal(closest, assignment):
+            break
+        assignment = closest
+        centres = torch.stack([points[assignment == m].mean(0) for m in range(num_keys)])
+    return torch.stack([query[assignment == m].mean(0) for m in range(num_keys)])
+
+
+def _fill_empty(closest: Tensor, distance: Tensor, num_keys: int) -> None:
+    """Give every empty cluster the farthest point of a cluster that keeps another one, in place."""
+    count = torch.bincount(closest, minlength=num_keys).tolist()
+    farthest = iter(distance.argsort(descending=True).tolist())
+    for empty in (m for m in range(num_keys) if count[m] == 0):
+        point = next(p for p in farthest if count[int(closest[p])] > 1)
+        count[int(closest[point])] -= 1
+        closest[point] = empty
+
+
+def _train_keys(
+    query: Tensor,
+    num_keys: int,
+    config: SLMConfig,
+    generator: torch.Generator,
+    progress=None,
+    epochs: int = 20,
+) -> Tensor:
+    """The paper's preparation phase: AdamW, gradients clipped at 0.1, keys hidden at random."""
+    dim = query.shape[1]
+    width = dim // config.num_groups
+    if dim % config.num_groups:
+        raise ValueError(f"the query size {dim} is not divisible by num_groups={config.num_groups}")
+    starts = [
+        nn.init.orthogonal_(torch.empty(num_keys, width), generator=generator)
+        for _ in range(config.num_groups)
+    ]
+    keys = nn.Parameter(torch.cat(starts, dim=1).to(query.device))
+    optimizer = torch.optim.AdamW([keys], lr=1e-2)
+    batches = [range(lo, min(lo + 32, len(query))) for lo in range(0, len(query), 32)]
+    steps = [batch for _ in range(epochs) for batch in batches]
+    with torch.enable_grad():
+        for batch in progress(steps) if progress else steps:
+            rows = torch.randint(len(query), (len(batch),), generator=generator).to(query.device)
+            keep = torch.rand(num_keys, generator=generator) >= config.key_masking
+            if not keep.any():
+                keep[:] = True
+            loss = key_learning_loss(
+                query[rows], keys, config.num_groups, config.top_k, keep.to(query.device)
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([keys], 0.1)
+            optimizer.step()
+    return F.normalize(keys.detach().unflatten(-1, (config.num_groups, width)), dim=-1).flatten(-2)

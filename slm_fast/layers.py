@@ -1,0 +1,171 @@
+"""The replaced linear layer, the holder that carries a batch's routing to it, and the surgery on a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from slm_fast import ops
+from slm_fast.config import DEFAULT_TARGET, DEFAULT_TARGETS
+from slm_fast.pool import Factors, KnowledgePool
+from slm_fast.routing import Routing
+
+
+class RoutingState:
+    """What a model's layers read: the routing of the running batch, or None for the frozen model."""
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+
+    @contextmanager
+    def use(self, routing: Routing | None) -> Iterator[None]:
+        previous, self.routing = self.routing, routing
+        try:
+            yield
+        finally:
+            self.routing = previous
+
+
+class MixtureLinear(nn.Module):
+    """A frozen linear plus the mixture that the current routing gives to each row.
+
+        y[t] = W x[t] + bias + sum_k weights[b, k] * scaling[i] * B[i] A[i] x[t],   i = indices[b, k]
+
+    The input's first dimension must be a multiple of the routing's rows: beams and return sequences of a row
+    share its mixture. The pool is referenced, not owned, so that the base model's state dict stays its own.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, factors: Factors, pool: KnowledgePool, state: RoutingState
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._shared = (factors, pool, state)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors, pool, state = self._shared
+        routing = state.routing
+        if routing is None:
+            return self.base_layer(x)
+        rows = routing.indices.shape[0]
+        if rows == 0 or x.shape[0] % rows:
+            raise ValueError(
+                f"the batch has {x.shape[0]} rows, which is not a multiple of the routing's {rows}"
+            )
+        flat = x.reshape(-1, x.shape[-1])
+        y = self.base_layer(flat)
+        y = ops.mixture(
+            y,
+            flat if flat.dtype == y.dtype else flat.to(y.dtype),
+            factors.A,
+            factors.B,
+            pool.start,
+            pool.rank,
+            pool.scaling,
+            routing.indices,
+            routing.weights,
+            A_owned=factors.A_owned,
+            B_owned=factors.B_owned,
+            owned=factors.owned,
+            backend=pool.backend,
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def target_linears(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
+    """The linears of `base` that get a mixture, by name. Raises ValueError when a target matches none."""
+    model_type = getattr(getattr(base, "config", None), "model_type", "")
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    linears = {
+        name: module
+        for name, module in base.named_modules()
+        if hasattr(module, "in_features") and hasattr(module, "weight") and module is not head
+    }
+    if target_modules == "all-linear":
+        backbone = getattr(base, "base_model", base)
+        inside = {id(module) for module in backbone.modules()}
+        return {
+            name: module for name, module in linears.items() if id(module) in inside and "pooler" not in name
+        }
+    targets = DEFAULT_TARGETS.get(model_type, DEFAULT_TARGET) if target_modules is None else target_modules
+    found = {n: m for n, m in linears.items() if any(n == t or n.endswith("." + t) for t in targets)}
+    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in found)]
+    if missing:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise ValueError(
+            f"target_modules {', '.join(missing)} match no linear of the model; it has: {', '.join(known)}"
+        )
+    return found
+
+
+def patch_model(base: nn.Module, pool: KnowledgePool) -> RoutingState:
+    """Replace the pool's linears in `base`, in place; the returned state's `use(routing)` selects the
+    mixtures.
+
+    All other parameters are frozen. Raises ValueError when `base` is patched already or lacks a linear of the
+    pool's shape; nothing is changed then.
+    """
+    if any(isinstance(module, MixtureLinear) for module in base.modules()):
+        raise ValueError("the model is patched already; call unpatch_model first")
+    layers = {}
+    for name, shape in pool.modules_shape.items():
+        try:
+            layer = base.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"the pool was made for another base model: this one has no module {name!r}"
+            ) from None
+        if (got := (getattr(layer, "in_features", None), getattr(layer, "out_features", None))) != shape:
+            raise ValueError(
+                f"the pool was made for another base model: {name} is {got} here and {shape} there"
+            )
+        layers[name] = layer
+    state = RoutingState()
+    base.requires_grad_(False)
+    pool.to(next(base.parameters()).device)
+    for name, layer in layers.items():
+        base.set_submodule(name, MixtureLinear(layer, pool.factors[pool.module_index[name]], pool, state))
+    return state
+
+
+def unpatch_model(base: nn.Module) -> nn.Module:
+    """Put the original linears back, in place."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, MixtureLinear):
+            base.set_submodule(name, module.base_layer)
+    return base
+
+
+def checkpoint_contexts(state: RoutingState):
+    """The `context_fn` of checkpointing: recomputation sees the routing of its own forward pass."""
+
+    def contexts():
+        return state.use(state.routing), state.use(state.routing)
+
+    return contexts
+
+
+def module_shapes(linears: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    return {name: (module.in_features, module.out_features) for name, module in linears.items()}
+
+
+def default_pool(base: nn.Module, config, dtype: torch.dtype = torch.float32) -> KnowledgePool:
+    """An empty pool for the linears of `base` that the config targets."""
+    return KnowledgePool(config, module_shapes(target_linears(base, config.target_modules)), dtype=dtype)

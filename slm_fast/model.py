@@ -1,0 +1,497 @@
+"""A frozen Hugging Face model with a knowledge pool: routing, forward, generation, answers, saving."""
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import TransformersKwargs
+
+from slm_fast.config import SLMConfig
+from slm_fast.encoder import Encoder, check_texts, mean_pool
+from slm_fast.keys import learn_keys
+from slm_fast.layers import checkpoint_contexts, default_pool, patch_model, unpatch_model
+from slm_fast.pool import KnowledgePool, TaskInfo
+from slm_fast.prompts import encode_prompts
+from slm_fast.routing import Routing
+from slm_fast.storage import load_pool, save_pool
+
+
+@dataclass
+class Prediction:
+    """An answer: a label name or generated text, the task that the routing chose (None = the frozen model),
+    and why.
+
+    answer is None when no task with a head was chosen and the base model cannot generate text.
+    """
+
+    text: str
+    answer: str | None
+    task: str | None
+    mass: dict[str, float]
+    entries: list[dict] = field(default_factory=list)
+
+
+class SLMModel(nn.Module):
+    """A frozen base model whose targeted linears add each row's own retrieved mixture.
+
+    Rows are routed by `texts=` (or their precomputed `embeddings=`), by a finished `routing=`, or by name
+    with `adapter_names=` as in PEFT ("__base__" is the frozen model). `task=` restricts the routing to a
+    task's entries and, if the task has a head, makes `forward` return that head's logits and loss.
+    """
+
+    def __init__(
+        self, base_model: nn.Module, config: SLMConfig, pool: KnowledgePool, encoder: Encoder, tokenizer=None
+    ) -> None:
+        super().__init__()
+        self.slm_config = config
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.state = patch_model(base_model, pool)
+        self.base_model = base_model
+        self.pool = pool
+        signature = inspect.signature(base_model.forward).parameters
+        self._forward_names = set(signature)
+        if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
+            self._forward_names |= set(TransformersKwargs.__annotations__) | {
+                "past_key_values",
+                "cache",
+                "return_dict",
+            }
+
+    # ---- what it is
+
+    @property
+    def config(self):
+        return self.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base_model.parameters()).device
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def can_generate(self) -> bool:
+        return bool(getattr(self.base_model, "can_generate", bool)())
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base scales its loss by the `num_items_in_batch` that the Trainer passes."""
+        accepted = getattr(self.base_model, "accepts_loss_kwargs", True)
+        return bool(accepted) and "num_items_in_batch" in self._forward_names
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are being trained, as PEFT does."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.base_model.parameters()) + trainable
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+    # ---- tasks
+
+    def add_task(
+        self,
+        name: str,
+        texts: Sequence[str] | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        labels: Sequence[str] | None = None,
+        method: str | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> TaskInfo:
+        """Phase 1: make a new task's keys from its texts. With `labels` the task gets a classification head.
+
+        method: "group_avg", "kmeans" or "paper"; None takes the config's. Raises ValueError on an unknown
+        method, too few texts, a taken name or non-finite embeddings; nothing is changed then.
+        """
+        config = self.slm_config
+        method = method or config.key_method
+        if method not in ("group_avg", "kmeans", "paper"):
+            raise ValueError(f"method must be group_avg, kmeans or paper, got {method!r}")
+        if name in self.pool.tasks:
+            raise ValueError(f"the pool already has a task {name!r}")
+        query = self._queries(texts, embeddings, progress)
+        metric = self.pool.metric
+        if method == "kmeans":
+            metric = copy.deepcopy(metric) if metric is not None else self.pool.new_metric(query.shape[1])
+            metric.update(query.to(self.pool.keys.device))
+        keys = learn_keys(
+            query,
+            config.entries_per_task,
+            metric,
+            config,
+            method,
+            seed,
+            (lambda steps: tqdm(steps, desc=f"keys of {name}", leave=False)) if progress else None,
+        )
+        return self.pool.add_task(
+            name,
+            keys,
+            rank=rank,
+            labels=list(labels) if labels is not None else None,
+            hidden_size=self.config.hidden_size if labels is not None else None,
+            queries=query,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def remove_task(self, name: str) -> None:
+        """Forget a task: its entries can never be picked again."""
+        self.pool.remove_task(name)
+
+    @contextmanager
+    def training_task(self, name: str) -> Iterator[None]:
+        """Phase 2: inside, exactly the task's entries and head are trainable parameters."""
+        self.pool.own(name)
+        try:
+            yield
+        finally:
+            self.pool.disown()
+
+    # ---- routing
+
+    def _queries(self, texts, embeddings, progress: bool = False) -> Tensor:
+        if (texts is None) == (embeddings is None):
+            raise ValueError("pass either texts= or embeddings=")
+        if embeddings is not None:
+            query = torch.as_tensor(embeddings).detach().float()
+            if query.ndim != 2 or query.shape[0] == 0:
+                raise ValueError(f"embeddings must be [B, D] with at least one row, got {list(query.shape)}")
+            if not bool(query.isfinite().all()):
+                raise ValueError("embeddings must be finite, got NaN or infinity")
+            return query
+        return self.encoder(texts, progress)
+
+    def route(
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        task: str | Sequence[str | None] | None = None,
+        progress: bool = False,
+    ) -> Routing:
+        """Retrieve every text's entries and weights; `task` (one, or one per row) restricts them."""
+        return self.pool.search(self._queries(texts, embeddings, progress), task)
+
+    def explain(self, texts: Sequence[str] | None = None, *, routing: Routing | None = None) -> list[dict]:
+        """For each row: the task with the largest mass, the mass of every task, and the picked entries."""
+        routing = self.route(texts) if routing is None else routing
+        mass, names = self.pool.task_mass(routing)
+        of_task = self.pool.tasks_of_slots()
+        rows = []
+        columns = (routing.indices, routing.weights, routing.scores, mass)
+        for indices, weights, scores, row_mass in zip(*(c.tolist() for c in columns), strict=True):
+            entries = [
+                {"entry": self.pool.names[i], "task": of_task[i], "weight": w, "score": s}
+                for i, w, s in zip(indices, weights, scores, strict=True)
+                if w > 0
+            ]
+            best = max(range(len(names)), key=row_mass.__getitem__) if entries else None
+            task = None if best is None else names[best]
+            rows.append({"task": task, "mass": dict(zip(names, row_mass, strict=False)), "entries": entries})
+        return rows
+
+    def _resolve(self, num_rows: int, texts, embeddings, routing, adapter_names, task) -> Routing | None:
+        """The routing of a call. Raises ValueError unless exactly one source fits the batch's rows."""
+        given = {"texts": texts, "embeddings": embeddings, "routing": routing, "adapter_names": adapter_names}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(
+                f"pass only one of texts, embeddings, routing, adapter_names; got {', '.join(given)}"
+            )
+        if not given:
+            if self.pool.num_entries == 0:
+                return None
+            raise ValueError(
+                "say how to route the rows: texts=[...], embeddings=, routing= or adapter_names=[...] "
+                '("__base__" for the frozen model)'
+            )
+        ((name, value),) = given.items()
+        rows = value.num_rows if isinstance(value, Routing) else len(value)
+        if rows != num_rows:
+            raise ValueError(f"{name} has {rows} rows, the batch has {num_rows}")
+        if name == "routing":
+            self.pool.check_routing(value)
+            return value.to(self.device)
+        if name == "adapter_names":
+            return self.pool.fixed_routing(list(value))
+        if self.pool.num_entries == 0:
+            return None
+        return self.route(texts, embeddings=embeddings, task=task).to(self.device)
+
+    # ---- running
+
+    def forward(
+        self,
+        *args,
+        texts: Sequence[str] | None = None,
+        embeddings: Tensor | None = None,
+        routing: Routing | None = None,
+        adapter_names: Sequence[str] | None = None,
+        task: str | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """The base model's forward with every row's mixture; see the class for the routing arguments."""
+        unknown = sorted(set(kwargs) - self._forward_names)
+        if unknown:
+            raise ValueError(f"unexpected keyword arguments: {', '.join(unknown)}")
+        rows = _num_rows(args, kwargs)
+        routing = self._resolve(rows, texts, embeddings, routing, adapter_names, task)
+        with self.state.use(routing):
+            if task is not None and self.pool.task(task).labels is not None:
+                return self._classify(task, labels, num_items_in_batch, *args, **kwargs)
+            if labels is not None:
+                kwargs["labels"] = labels
+            if num_items_in_batch is not None and "num_items_in_batch" in self._forward_names:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            return self.base_model(*args, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *, texts=None, embeddings=None, routing=None, **kwargs):
+        """The base model's `generate`, with any generation config; rows are routed as in `forward`."""
+        adapter_names, task = kwargs.pop("adapter_names", None), kwargs.pop("task", None)
+        rows = _num_rows((inputs,) if inputs is not None else (), kwargs)
+        routing = self._resolve(rows, texts, embeddings, routing, adapter_names, task)
+        with self.state.use(routing):
+            return self.base_model.generate(inputs, **kwargs)
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """What heads read: the backbone's pooled last hidden state under the current routing, [B, H] fp32."""
+        base = self.base_model
+        backbone = base.get_encoder() if self.is_seq2seq else getattr(base, "base_model", base)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        pooling = self._pooling()
+        if pooling == "mean":
+            return mean_pool(hidden, attention_mask)
+        if pooling == "first":
+            return hidden[:, 0].float()
+        positions = torch.arange(attention_mask.shape[1], device=hidden.device)
+        last = (attention_mask * positions).argmax(-1)
+        return hidden[torch.arange(len(last), device=hidden.device), last].float()
+
+    def _pooling(self) -> str:
+        if self.slm_config.pooling != "auto":
+            return self.slm_config.pooling
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        bidirectional = self.is_seq2seq or self.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        return "mean" if bidirectional else "last"
+
+    def _classify(self, task: str, labels, num_items_in_batch, *args, **kwargs) -> SequenceClassifierOutput:
+        logits = self.pool.head(task)(self.features(*args, **kwargs))
+        if labels is None:
+            return SequenceClassifierOutput(logits=logits)
+        if num_items_in_batch is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        texts: Sequence[str],
+        *,
+        task: str | None = None,
+        routing: Routing | None = None,
+        batch_size: int = 32,
+        max_length: int = 256,
+        max_new_tokens: int = 32,
+        progress: bool = False,
+    ) -> list[Prediction]:
+        """Answer every text by itself: a label name where the chosen task has a head, else generated text.
+
+        The task is the one with the largest routing mass. `task=` tells it instead; `routing=` passes it
+        ready-made.
+        """
+        texts = check_texts(texts)
+        tokenizer = self._require_tokenizer()
+        if self.pool.num_entries == 0:
+            routing = self.pool.fixed_routing(["__base__"] * len(texts))
+        elif routing is None:
+            routing = self.route(texts, task=task, progress=progress)
+        else:
+            self.pool.check_routing(routing)
+        if routing.num_rows != len(texts):
+            raise ValueError(f"routing has {routing.num_rows} rows, the batch has {len(texts)}")
+        routing = routing.to(self.device)
+        results = [
+            Prediction(text, None, task or row["task"], row["mass"], row["entries"])
+            for text, row in zip(texts, self.explain(routing=routing), strict=True)
+        ]
+        training = self.training
+        self.eval()
+        try:
+            order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+            headed = [r for r in order if (t := results[r].task) and self.pool.task(t).labels is not None]
+            chosen = set(headed)
+            free = [r for r in order if r not in chosen] if self.can_generate else []
+            groups = [(answer, rows[lo : lo + batch_size]) for answer, rows in ((self._label, headed),
+            (self._text, free))
+                      for lo in range(0, len(rows), batch_size)]  # fmt: skip
+            for answer, rows in tqdm(groups, desc="answering", disable=not progress or len(groups) < 2):
+                part = [results[row] for row in rows]
+                with self.state.use(routing.rows(rows)):
+                    answers = answer(tokenizer, part, max_length, max_new_tokens)
+                for result, value in zip(part, answers, strict=True):
+                    result.answer = value
+        finally:
+            self.train(training)
+        return results
+
+    def _label(self, tokenizer, part: list[Prediction], max_length: int, max_new_tokens: int) -> list[str]:
+        texts = [result.text for result in part]
+        encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        features = self.features(**encoded.to(self.device))
+        answers = []
+        for row, result in zip(features, part, strict=True):
+            label = int(self.pool.head(result.task)(row).argmax())
+            answers.append(self.pool.task(result.task).labels[label])
+        return answers
+
+    def _text(self, tokenizer, part: list[Prediction], max_length: int, max_new_tokens: int) -> list[str]:
+        prompts = encode_prompts(tokenizer, [result.text for result in part], max_length, self.is_seq2seq)
+        prompts = prompts.to(self.device)
+        out = self.base_model.generate(
+            input_ids=prompts["input_ids"],
+            attention_mask=prompts["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
+        )
+        if not self.is_seq2seq:
+            out = out[:, prompts["input_ids"].shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    def _require_tokenizer(self):
+        if self.tokenizer is None:
+            from transformers import AutoTokenizer
+
+            name = getattr(self.config, "_name_or_path", "")
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"the base model {name!r} brings no tokenizer: pass tokenizer= to get_slm_model ({error})"
+                ) from error
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        return self.tokenizer
+
+    # ---- training support, saving
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **options
+    ) -> None:
+        """Turn on checkpointing; recomputation runs under the routing of its own forward pass.
+
+        Always non-reentrant: the re-entrant kind loses all gradients behind a frozen embedding.
+        """
+        kwargs = dict(activation_checkpointing_kwargs or {})
+        kwargs |= {"use_reentrant": False, "context_fn": checkpoint_contexts(self.state)}
+        if hasattr(self.base_model, "activation_checkpointing_enable"):  # transformers 5.24 renamed it
+            self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
+        else:
+            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **options
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.gradient_checkpointing_disable()
+
+    def unload(self) -> nn.Module:
+        """Give the base model back with its original linears."""
+        return unpatch_model(self.base_model)
+
+    def repatch(self, pool: KnowledgePool) -> None:
+        """Put `pool` in place of the current one."""
+        if self.pool.owner is not None:
+            raise ValueError(f"task {self.pool.owner!r} is being trained")
+        unpatch_model(self.base_model)
+        self.state = patch_model(self.base_model, pool)
+        self.pool = pool
+
+    def load_pool(self, directory: str | Path) -> None:
+        """Replace the pool by a saved one; on any error the model stays as it was."""
+        self.repatch(load_pool(self.base_model, directory))
+
+    def save_pretrained(self, directory: str | Path, **kwargs) -> None:
+        """Write the pool and the settings, never the frozen base, to `directory`."""
+        save_pool(self.pool, self.base_model, directory, self.encoder.name_or_path)
+
+    @classmethod
+    def from_pretrained(cls, base_model: nn.Module, directory: str | Path, *, encoder=None, tokenizer=None):
+        """Load a saved pool onto its base model. `encoder` replaces the one whose name was saved.
+
+        Raises OSError on missing or damaged files and ValueError on another base; `base_model` is unchanged
+        then.
+        """
+        pool = load_pool(base_model, directory)
+        encoder = make_encoder(pool.config, encoder)
+        return cls(base_model, pool.config, pool, encoder, tokenizer)
+
+
+def make_encoder(config: SLMConfig, encoder=None) -> Encoder:
+    """The encoder given, or the one that the config names; without one only `embeddings=` can route."""
+    if isinstance(encoder, Encoder):
+        return encoder
+    source = encoder if encoder is not None else config.encoder_name_or_path
+    return Encoder(source, query_layers=config.query_layers, max_length=config.encoder_max_length)
+
+
+def get_slm_model(
+    base_model: nn.Module,
+    config: SLMConfig | None = None,
+    *,
+    encoder=None,
+    tokenizer=None,
+    dtype=torch.float32,
+) -> SLMModel:
+    """Wrap a Hugging Face model, in place, with an empty pool.
+
+    Args:
+        encoder: replaces `config.encoder_name_or_path`: a sentence-transformers object, a model folder or hub
+            id, a callable `list[str] -> [B, D]`, or an `Encoder`.
+        tokenizer: of the base model, for `predict` and the trainer; by default loaded from the base's own
+            name.
+        dtype: of the pool's factors. They stay fp32 for training whatever the base's dtype is.
+    """
+    config = SLMConfig() if config is None else config
+    pool = default_pool(base_model, config, dtype)
+    return SLMModel(base_model, config, pool, make_encoder(config, encoder), tokenizer)
+
+
+def _num_rows(args: tuple, kwargs: dict) -> int:
+    """Rows of the batch that a call carries. Raises ValueError when it has no input or is empty."""
+    for name in ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids"):
+        if kwargs.get(name) is not None:
+            rows = kwargs[name].shape[0]
+            break
+    else:
+        if not args or args[0] is None:
+            raise ValueError("no input: pass input_ids=")
+        rows = args[0].shape[0]
+    if rows == 0:
+        raise ValueError("the batch is empty: it needs at least one row")
+    return rows

@@ -1,0 +1,55 @@
+"""Which pool entries answer each row of a batch, and with what weight."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Picked entries of every row. Tensors only, so it pickles, moves and scatters like any batch.
+
+    indices: [B, K] int32, slots of the pool.  weights: [B, K] fp32, 0 = not used.  scores: [B, K] fp32, in
+    the metric's units (-inf on picks that do not exist).  pool_version: [B] int64, the pool's version when it
+    was made.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    scores: Tensor
+    pool_version: Tensor
+
+    @classmethod
+    def make(
+        cls, indices: Tensor, weights: Tensor, scores: Tensor | None = None, pool_version: int = 0
+    ) -> "Routing":
+        """Build a routing by hand. Raises ValueError on shapes that do not belong together."""
+        indices = torch.as_tensor(indices).int()
+        weights = torch.as_tensor(weights, dtype=torch.float32)
+        if indices.ndim != 2 or indices.shape != weights.shape:
+            raise ValueError(
+                f"indices and weights must be [B, K], got {list(indices.shape)} and {list(weights.shape)}"
+            )
+        if not weights.isfinite().all():
+            raise ValueError("routing weights must be finite")
+        scores = torch.zeros_like(weights) if scores is None else scores.float()
+        version = torch.full((indices.shape[0],), pool_version, dtype=torch.int64, device=indices.device)
+        return cls(indices, weights, scores, version)
+
+    @property
+    def num_rows(self) -> int:
+        return self.indices.shape[0]
+
+    def to(self, device) -> "Routing":
+        return Routing(*(t.to(device) for t in self))
+
+    def rows(self, index) -> "Routing":
+        """The routing of some rows: a slice, a list of row numbers or a mask."""
+        return Routing(*(t[index] for t in self))
+
+    def repeat_interleave(self, repeats: int) -> "Routing":
+        return Routing(*(t.repeat_interleave(repeats, 0) for t in self))
+
+    @classmethod
+    def cat(cls, parts: "list[Routing]") -> "Routing":
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

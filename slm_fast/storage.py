@@ -1,0 +1,226 @@
+"""A pool on disk: `slm_config.json` (index, checksums), `slm_keys.safetensors`, `slm_heads.safetensors` and
+`adapters/<entry>/`, each entry a valid PEFT LoRA folder. Data is written first, the index last, by atomic
+rename."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from slm_fast.config import CONFIG_NAME, SLMConfig
+from slm_fast.pool import KnowledgePool
+
+FORMAT = 1
+KEYS_NAME = "slm_keys.safetensors"
+HEADS_NAME = "slm_heads.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def base_fingerprint(base: nn.Module, module_names: list[str]) -> dict:
+    """What identifies the frozen base: its type, and 16 weights from each of up to 8 target linears."""
+    step = max(len(module_names) // 8, 1)
+    probe = {}
+    for name in module_names[::step][:8]:
+        module = base.get_submodule(name)
+        weight = getattr(module, "base_layer", module).weight
+        if weight.is_floating_point():
+            flat = weight.detach().flatten()
+            where = torch.arange(16, device=flat.device) * (flat.numel() // 16)
+            probe[name] = [round(v, 8) for v in flat[where].float().tolist()]
+    config = getattr(base, "config", None)
+    return {
+        "model_type": getattr(config, "model_type", type(base).__name__),
+        "name_or_path": getattr(config, "_name_or_path", ""),
+        "probe": probe,
+    }
+
+
+def check_base(base: nn.Module, saved: dict, modules: dict[str, tuple[int, int]]) -> None:
+    """Raise ValueError when `base` is not the model that the saved pool was trained on."""
+    described = f"the pool was made for another base model ({saved['model_type']} {saved['name_or_path']!r})"
+    for name, shape in modules.items():
+        try:
+            module = base.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{described}: this one has no module {name!r}") from None
+        if (got := (getattr(module, "in_features", None), getattr(module, "out_features", None))) != shape:
+            raise ValueError(f"{described}: {name} is {got} here and {shape} there")
+    here = base_fingerprint(base, list(modules))
+    if here["model_type"] != saved["model_type"]:
+        raise ValueError(f"{described}: this one is a {here['model_type']}")
+    for name, values in saved["probe"].items():
+        mine = torch.tensor(here["probe"].get(name, values))
+        if not torch.allclose(mine, torch.tensor(values), rtol=2e-2, atol=1e-4):
+            raise ValueError(f"{described}: the weights of {name} differ")
+
+
+def _adapter_files(pool: KnowledgePool, slot: int, base_name: str) -> dict[str, bytes]:
+    r = int(pool.rank[slot])
+    rows = slice(int(pool.start[slot]), int(pool.start[slot]) + r)
+    tensors = {}
+    for name, factors in zip(pool.modules_shape, pool.factors, strict=True):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = factors.A[rows].detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = factors.B[rows].detach().cpu().T.contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_name,
+        "r": r,
+        "lora_alpha": float(pool.scaling[slot]) * r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(pool.modules_shape),
+    }
+    return {
+        ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+    }
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_pool(
+    pool: KnowledgePool, base: nn.Module, directory: str | Path, encoder_name: str | None = None
+) -> None:
+    """Write the pool to `directory`; a save that was cut off is recognised on loading."""
+    root = Path(directory)
+    if root.exists() and not root.is_dir():
+        raise OSError(f"{root} is not a directory")
+    fingerprint = base_fingerprint(base, list(pool.modules_shape))
+    slots = [slot for info in pool.tasks.values() for slot in info.slots]
+    of_task = pool.tasks_of_slots()
+    files: dict[str, bytes] = {}
+    for slot in slots:
+        for name, data in _adapter_files(pool, slot, fingerprint["name_or_path"]).items():
+            files[f"adapters/{pool.names[slot]}/{name}"] = data
+    keys = {"keys": pool.keys[slots].cpu().contiguous()}
+    if pool.metric is not None:
+        keys |= {f"metric.{k}": v.cpu().contiguous() for k, v in pool.metric.state_dict().items()}
+    files[KEYS_NAME] = save(keys)
+    files[HEADS_NAME] = save({k: v.cpu().contiguous() for k, v in pool.heads.state_dict().items()})
+    index = {
+        "format": FORMAT,
+        "config": pool.config.to_dict()
+        | {"encoder_name_or_path": encoder_name or pool.config.encoder_name_or_path},
+        "base": fingerprint,
+        "modules": {name: list(shape) for name, shape in pool.modules_shape.items()},
+        "dtype": str(pool.factors[0].A.dtype).removeprefix("torch."),
+        "tasks": [{"name": t.name, "labels": t.labels} for t in pool.tasks.values()],
+        "entries": [
+            {
+                "name": pool.names[s],
+                "task": of_task[s],
+                "rank": int(pool.rank[s]),
+                "scaling": float(pool.scaling[s]),
+            }
+            for s in slots
+        ],
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    staged = [(root / name, root / (name + ".tmp")) for name in files]
+    for (_, temporary), data in zip(staged, files.values(), strict=True):
+        _write(temporary, data)
+    _write(root / (CONFIG_NAME + ".tmp"), (json.dumps(index, indent=1) + "\n").encode())
+    for final, temporary in staged:
+        os.replace(temporary, final)
+    os.replace(root / (CONFIG_NAME + ".tmp"), root / CONFIG_NAME)
+    kept = {pool.names[slot] for slot in slots}
+    for folder in (root / "adapters").glob("*"):
+        if folder.name not in kept:
+            shutil.rmtree(folder)
+
+
+def read_index(directory: str | Path) -> dict:
+    """The index of a saved pool. Raises OSError when it is missing, unreadable or of a newer format."""
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise OSError(f"{directory} holds no saved pool: {CONFIG_NAME} is missing")
+    try:
+        index = json.loads(path.read_text(encoding="utf8"))
+        version = index["format"]
+        for section in ("config", "base", "modules", "dtype", "tasks", "entries", "files"):
+            index[section]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{path} is damaged: {error!r}") from error
+    if version != FORMAT:
+        raise OSError(f"{path} has format {version}; this release reads format {FORMAT}")
+    return index
+
+
+def _read(root: Path, name: str, digest: str) -> bytes:
+    path = root / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise OSError(f"{path} is missing or unreadable: {error}") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise OSError(f"{path} is truncated or corrupted: its checksum is not the one in {CONFIG_NAME}")
+    return data
+
+
+def _tensors(root: Path, name: str, data: bytes) -> dict[str, Tensor]:
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise OSError(f"{root / name} is not a valid safetensors file: {error}") from error
+
+
+def load_pool(base: nn.Module, directory: str | Path) -> KnowledgePool:
+    """Read a saved pool. Raises OSError on missing or damaged files, ValueError on another base."""
+    root = Path(directory)
+    index = read_index(root)
+    config = SLMConfig.from_dict(index["config"])
+    modules = {name: tuple(shape) for name, shape in index["modules"].items()}
+    check_base(base, index["base"], modules)
+    data = {name: _read(root, name, digest) for name, digest in index["files"].items()}
+    stored = _tensors(root, KEYS_NAME, data[KEYS_NAME])
+    heads = _tensors(root, HEADS_NAME, data[HEADS_NAME])
+    keys = stored.pop("keys")
+    pool = KnowledgePool(config, modules, keys.shape[1] or None, getattr(torch, index["dtype"]))
+    row = 0
+    for task in index["tasks"]:
+        entries = [entry for entry in index["entries"] if entry["task"] == task["name"]]
+        prefix = f"{pool.head_key(task['name'])}."
+        weight = heads.get(prefix + "weight")
+        pool.add_task(
+            task["name"],
+            keys[row : row + len(entries)],
+            rank=[entry["rank"] for entry in entries],
+            labels=task["labels"],
+            hidden_size=None if weight is None else weight.shape[1],
+        )
+        for slot, entry in zip(pool.task(task["name"]).slots, entries, strict=True):
+            pool.scaling[slot] = entry["scaling"]
+            name = f"adapters/{entry['name']}/{ADAPTER_WEIGHTS}"
+            _fill_entry(pool, slot, _tensors(root, name, data[name]), root / name)
+        row += len(entries)
+    pool.heads.load_state_dict(heads)
+    if pool.metric is not None:
+        pool.metric.load_state_dict({k.removeprefix("metric."): v for k, v in stored.items()})
+        pool.refresh_index()
+    return pool
+
+
+def _fill_entry(pool: KnowledgePool, slot: int, tensors: dict[str, Tensor], path: Path) -> None:
+    rows = slice(int(pool.start[slot]), int(pool.start[slot] + pool.rank[slot]))
+    for name, factors in zip(pool.modules_shape, pool.factors, strict=True):
+        for side, target in (("A", factors.A[rows]), ("B", factors.B[rows].T)):
+            key = f"base_model.model.{name}.lora_{side}.weight"
+            if key not in tensors or tensors[key].shape != target.shape:
+                raise OSError(f"{path} lacks {key} of shape {list(target.shape)}")
+            target.copy_(tensors[key])

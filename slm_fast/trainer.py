@@ -1,0 +1,195 @@
+"""Phase 2 of learning: transformers' Trainer on one task's entries, routed before the first step."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
+
+from slm_fast.model import SLMModel
+from slm_fast.prompts import encode_example
+from slm_fast.routing import Routing
+
+logger = logging.getLogger(__name__)
+
+TASK_WEIGHTS = "slm_task.safetensors"
+
+
+class SLMTrainer(Trainer):
+    """Trains the entries and the head of one task; everything else, older tasks included, cannot move.
+
+    Args:
+        model: an `SLMModel` that has the task (`model.add_task`).
+        train_dataset, eval_dataset: rows with `text` and a label (`target`, `label_text` or `label`) for a
+            task with a head; `text`/`target`, `prompt`/`completion` or `instruction`/`input`/`output` for
+            generation; or tokenised rows (`input_ids`, `labels`) that also carry `text`. Mappings or
+            `continual.tasks.Example`s.
+        task: the task's name.
+        max_length: tokens kept of an example.
+    Every text is encoded and routed once, before training; batches carry finished routings.
+    Raises ValueError on an unknown task, a missing column or a label that the task does not have.
+    """
+
+    def __init__(
+        self,
+        model: SLMModel,
+        args: TrainingArguments | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        *,
+        task: str,
+        max_length: int = 256,
+        **kwargs,
+    ) -> None:
+        if not isinstance(model, SLMModel):
+            raise ValueError(f"model must be an SLMModel, got {type(model).__name__}")
+        self.task = task
+        labels = model.pool.task(task).labels
+        tokenizer = kwargs.pop("processing_class", None) or model._require_tokenizer()
+        args = TrainingArguments("trainer_output") if args is None else args
+        args.remove_unused_columns = False  # the collator needs the routing columns
+        args.label_names = ["labels"]
+        quiet = args.disable_tqdm
+        train = encode_dataset(model, tokenizer, train_dataset, task, max_length, quiet)
+        evaluation = encode_dataset(model, tokenizer, eval_dataset, task, max_length, quiet)
+        kwargs.setdefault("data_collator", Collator(tokenizer, labels is not None))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = labels is not None or model.accepts_loss_kwargs
+
+    def train(self, *args, **kwargs):
+        """Train; the task's entries are parameters only while this runs."""
+        with self.model.training_task(self.task):
+            return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, self._with_routing(inputs), *args, **kwargs)
+
+    def _with_routing(self, inputs: dict) -> dict:
+        inputs = dict(inputs)
+        indices, weights = inputs.pop("routing_indices"), inputs.pop("routing_weights")
+        version = torch.full((len(indices),), self.model.pool.version, device=indices.device)
+        routing = Routing(indices.int(), weights.float(), torch.zeros_like(weights), version)
+        return inputs | {"routing": routing, "task": self.task}
+
+    # ---- saving: the task's parameters for resuming, the whole pool for users, never the frozen base
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        directory = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if not self.args.should_save:
+            return
+        self.model.save_pretrained(directory)
+        if self.model.pool.owner is not None:
+            trained = {n: p.detach().contiguous() for n, p in self._trained()}
+            temporary = directory / (TASK_WEIGHTS + ".tmp")
+            save_file(trained, temporary)
+            os.replace(temporary, directory / TASK_WEIGHTS)
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _trained(self):
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Put a checkpoint's parameters back. Raises OSError when it is damaged or of another task."""
+        path = Path(resume_from_checkpoint) / TASK_WEIGHTS
+        try:
+            saved = load_file(path)
+        except Exception as error:
+            raise OSError(f"{path} is missing or damaged: {error}") from error
+        trained = dict(self._trained())
+        if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in saved.items()}:
+            raise OSError(f"{path} is not a checkpoint of task {self.task!r} of this model")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+    def _load_best_model(self) -> None:
+        logger.info("loading the best checkpoint %s", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class Collator:
+    """Pads a batch and stacks its routing."""
+
+    def __init__(self, tokenizer, has_head: bool) -> None:
+        self.tokenizer = tokenizer
+        self.has_head = has_head
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        inputs = [{"input_ids": row["input_ids"]} for row in rows]
+        batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
+        labels = [row["labels"] for row in rows]
+        if self.has_head:
+            batch["labels"] = torch.tensor(labels)
+        else:
+            width = max(map(len, labels))
+            left = self.tokenizer.padding_side == "left"
+            pads = [[-100] * (width - len(row)) for row in labels]
+            joined = [p + row if left else row + p for p, row in zip(pads, labels, strict=True)]
+            batch["labels"] = torch.tensor(joined)
+        for name in ("routing_indices", "routing_weights"):
+            batch[name] = torch.stack([row[name] for row in rows])
+        return batch
+
+
+def _fields(row, number: int) -> tuple[str, object]:
+    """The text and the target of a raw row."""
+    if not isinstance(row, dict):
+        row = row if hasattr(row, "keys") else vars(row)
+    if "text" in row:
+        for name in ("target", "label_text", "label"):
+            if name in row:
+                return row["text"], row[name]
+    if "prompt" in row and "completion" in row:
+        return row["prompt"], row["completion"]
+    if "output" in row and ("instruction" in row or "input" in row):
+        parts = [row.get("instruction", ""), row.get("input", "")]
+        return "\n".join(part for part in parts if part), row["output"]
+    raise ValueError(
+        f"row {number} has the columns {', '.join(row)}; wanted text and target (or label_text, label), "
+        "prompt and completion, or instruction, input and output"
+    )
+
+
+def encode_dataset(
+    model: SLMModel, tokenizer, dataset, task: str, max_length: int, quiet: bool
+) -> list[dict] | None:
+    """Tokenise and route a dataset once: rows of input_ids, labels, routing_indices and routing_weights."""
+    if dataset is None:
+        return None
+    labels = model.pool.task(task).labels
+    rows, texts = [], []
+    for number, row in enumerate(dataset):
+        if isinstance(row, dict) and "input_ids" in row:
+            if "text" not in row or "labels" not in row:
+                raise ValueError(f"row {number} is tokenised but lacks text (for the routing) or labels")
+            rows.append({"input_ids": list(row["input_ids"]), "labels": row["labels"]})
+            texts.append(row["text"])
+            continue
+        text, target = _fields(row, number)
+        texts.append(text)
+        if labels is None:
+            rows.append(encode_example(tokenizer, text, str(target), max_length, model.is_seq2seq))
+            continue
+        if isinstance(target, int) and 0 <= target < len(labels):
+            target = labels[target]
+        if target not in labels:
+            raise ValueError(f"row {number}: {target!r} is not a label of task {task!r}: {', '.join(labels)}")
+        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+        rows.append({"input_ids": ids, "labels": labels.index(target)})
+    if not rows:
+        raise ValueError("the dataset is empty")
+    routing = model.route(texts, task=task, progress=not quiet)
+    for number, row in enumerate(rows):
+        row["routing_indices"] = routing.indices[number]
+        row["routing_weights"] = routing.weights[number]
+    return rows
