@@ -65,7 +65,7 @@ def print_run(report: dict) -> None:
         print(f"\n{method['label']}: score on each task (column) after learning each task (row), %")
         print(format_matrix(report["tasks"], method["matrix"]))
     print()
-    print(format_comparison(report))
+    print(format_comparison(report["methods"]))
     accuracy = ", ".join(f"{task} {value:.1%}" for task, value in report["routing"]["accuracy"].items())
     print(f"\nrouting accuracy, one query at a time: {accuracy}")
 

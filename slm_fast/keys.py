@@ -54,7 +54,7 @@ class Whitened(nn.Module):
     shrinkage, at most 1.
     """
 
-    default_temperature = 1.0
+    default_temperature = 8.0
 
     def __init__(self, config: SLMConfig, dim: int) -> None:
         super().__init__()

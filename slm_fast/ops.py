@@ -12,7 +12,7 @@ FP32, INT32 = (torch.float32,), (torch.int32,)
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtypes: tuple, device: torch.device) -> None:
-    """Raise ValueError unless x has this shape (sizes taken from x itself stand for "any"), dtype and device."""
+    """Raise ValueError unless x has this shape, dtype and device; a size that may be any is taken from x."""
     if x.dtype in dtypes and x.shape == shape and x.device == device:
         return
     if x.dtype not in dtypes:

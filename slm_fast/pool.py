@@ -63,6 +63,10 @@ class Factors(nn.Module):
             begin, end = self.owned
             self.A_owned.data, self.B_owned.data = self.A[begin:end], self.B[begin:end]
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._tie()  # copying and unpickling clone parameters
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self._tie()

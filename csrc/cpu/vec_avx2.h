@@ -13,7 +13,6 @@ using V = __m256;
 constexpr int W = 8;
 constexpr int kAxpyVectors = 2;
 constexpr int kTileT = SLM_TILE_T;
-constexpr int kWideTile = 8;
 
 inline V zero() { return _mm256_setzero_ps(); }
 inline V set1(float a) { return _mm256_set1_ps(a); }

@@ -13,7 +13,6 @@ using V = __m512;
 constexpr int W = 16;
 constexpr int kAxpyVectors = 4;
 constexpr int kTileT = SLM_TILE_T;
-constexpr int kWideTile = 16;  // keys per tile for a single query
 
 inline __mmask16 lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline V zero() { return _mm512_setzero_ps(); }
@@ -96,7 +95,7 @@ inline void sum16(const V* v, float* out, int64_t stride) {
 template <int NT, int NJ>
 inline void sums(const V* v, float* out, int64_t stride) {
   if constexpr (NT * NJ == 16) {
-    sum16(v, out, NT == 1 ? 4 : stride);
+    sum16(v, out, stride);
   } else {
     repeat<NT * NJ>([&](auto i) SLM_INLINE { out[i / NJ * stride + i % NJ] = sum(v[i]); });
   }

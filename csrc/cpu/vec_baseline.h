@@ -11,7 +11,6 @@ typedef float V __attribute__((vector_size(16)));
 constexpr int W = 4;
 constexpr int kAxpyVectors = 2;
 constexpr int kTileT = SLM_TILE_T;
-constexpr int kWideTile = 8;
 
 inline V set1(float a) { return V{a, a, a, a}; }
 inline V zero() { return set1(0.0f); }

@@ -52,7 +52,7 @@ class ContinualRunner:
 
     "slm" learns every task with its own entries and answers one query at a time, without a task id.
     "oracle" is the same trained model, told the task: its difference to "slm" is what retrieval costs.
-    "sequential" trains one LoRA of the same number of parameters on each task in turn, and is told whose head to use.
+    "sequential" trains one LoRA of the same number of parameters on each task in turn, told whose head to use.
 
     Args:
         model: an `SLMModel` with an empty pool (or the one that an interrupted run left in memory).

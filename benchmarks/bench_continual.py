@@ -1,0 +1,150 @@
+"""Five text-classification tasks in sequence, one query at a time: routing, accuracy and forgetting.
+
+The paper's tasks (ag, yelp, amazon, yahoo, dbpedia) on an all-MiniLM-L6-v2 backbone, rank 8 on all linears,
+4 entries a task. Prints a table of routing accuracy for the paper's retrieval and for `whitened`, then the
+accuracy matrices of the engine without a task id, told the task, and of sequential LoRA on the same budget.
+
+    python benchmarks/bench_continual.py --data FOLDER --output RUN --json benchmarks/results/bert5.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from slm_fast.cli import print_run
+from slm_fast.config import SLMConfig
+from slm_fast.continual.metrics import merge_tasks
+from slm_fast.continual.runner import ContinualRunner, default_arguments, write_reports
+from slm_fast.continual.tasks import Task, load_jsonl_tasks
+from slm_fast.encoder import Encoder
+from slm_fast.keys import learn_keys
+from slm_fast.loading import load_base, packaged_model
+from slm_fast.model import get_slm_model
+from slm_fast.pool import KnowledgePool
+
+TASKS = ["ag", "yelp", "amazon", "yahoo", "dbpedia"]
+SAME_LABELS = [{"yelp", "amazon"}]
+RETRIEVALS = {
+    "paper: last layer, grouped cosine, learnt keys": (SLMConfig.paper(), "paper"),
+    "last layer, grouped cosine, averaged keys": (SLMConfig.paper(), "group_avg"),
+    "last layer, whitened": (SLMConfig(query_layers=[-1]), "group_avg"),
+    "layers 0, 2, 6, whitened": (SLMConfig(query_layers=[0, 2, 6]), "group_avg"),
+    "all layers, whitened": (SLMConfig(), "group_avg"),
+    "all layers, whitened, k-means keys": (SLMConfig(), "kmeans"),
+}
+
+
+def select_layers(query: torch.Tensor, layers: list[int] | str, num_layers: int = 7) -> torch.Tensor:
+    """The part of an all-layer query that belongs to some layers."""
+    if layers == "auto":
+        return query
+    slices = query.chunk(num_layers, dim=-1)
+    return torch.cat([slices[layer] for layer in layers], dim=-1)
+
+
+def routing_table(tasks: list[Task], encoder: Encoder) -> list[dict]:
+    """Routing accuracy per task, one query at a time, of every retrieval."""
+    queries = [[encoder([e.text for e in part], progress=True) for part in (t.train, t.test)] for t in tasks]
+    rows = []
+    for name, (config, method) in RETRIEVALS.items():
+        pool = KnowledgePool(config, {"none": (1, 1)})
+        for task, (train, _) in zip(tasks, queries, strict=True):
+            query = select_layers(train, config.query_layers)
+            metric = pool.metric or pool.new_metric(query.shape[1])
+            keys = learn_keys(query, config.entries_per_task, metric, config, method)
+            pool.add_task(task.name, keys, queries=query)
+        confusion = []
+        for _, test in queries:
+            mass, names = pool.task_mass(pool.search(select_layers(test, config.query_layers)))
+            confusion.append((torch.bincount(mass.argmax(-1), minlength=len(names)) / len(mass)).tolist())
+        accuracy = {t: confusion[i][i] for i, t in enumerate(names)}
+        merged = merge_tasks(confusion, names, SAME_LABELS)
+        rows.append({"retrieval": name, "accuracy": accuracy, "accuracy_shared_labels": merged})
+    return rows
+
+
+def print_routing(rows: list[dict], names: list[str]) -> None:
+    width = max(len(row["retrieval"]) for row in rows)
+    print(
+        f"\n{'routing accuracy, %':{width}s} "
+        + " ".join(f"{n:>8s}" for n in names)
+        + "     mean  yelp=amazon"
+    )
+    for row in rows:
+        mean, merged = (sum(row[k].values()) / len(names) for k in ("accuracy", "accuracy_shared_labels"))
+        cells = " ".join(f"{100 * row['accuracy'][n]:8.1f}" for n in names)
+        print(f"{row['retrieval']:{width}s} {cells} {100 * mean:8.1f} {100 * merged:12.1f}")
+
+
+def main() -> None:
+    default_data = os.environ.get("SLM_FAST_DATA", str(Path(__file__).parents[2] / "shared" / "data"))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default=default_data, help="folder with bert5/")
+    parser.add_argument("--output", default="runs/bert5", help="folder of the run; continued if interrupted")
+    parser.add_argument("--json", help="write the results there")
+    parser.add_argument("--order", default=",".join(TASKS))
+    parser.add_argument("--max-train", type=int, default=800)
+    parser.add_argument("--max-test", type=int)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--routing-only", action="store_true")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    tasks = load_jsonl_tasks(Path(args.data) / "bert5", args.order.split(","))
+    tasks = [task.subset(args.max_train, args.max_test, args.seed) for task in tasks]
+    encoder = Encoder(packaged_model("minilm"))
+    table = routing_table(tasks, encoder)
+    print_routing(table, [task.name for task in tasks])
+    result = {
+        "command": "python benchmarks/bench_continual.py",
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("data", "output", "json")},
+        "machine": {
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "routing": table,
+    }
+    if not args.routing_only:
+        base, tokenizer = load_base("minilm")
+        config = SLMConfig(target_modules="all-linear", top_k=args.top_k)
+        model = get_slm_model(base, config, encoder=encoder, tokenizer=tokenizer)
+        training = default_arguments(
+            args.output, num_train_epochs=args.epochs, learning_rate=args.learning_rate, seed=args.seed
+        )
+        runner = ContinualRunner(
+            model, tasks, training, output_dir=args.output, max_length=args.max_length, seed=args.seed
+        )
+        report = runner.fit().report("all-MiniLM-L6-v2, five tasks")
+        print_run(report)
+        gap = report["methods"]["oracle"]["average_accuracy"] - report["methods"]["slm"]["average_accuracy"]
+        print(f"told the task minus no task id: {100 * gap:.2f} points")
+        write_reports([report], args.output, "Five text-classification tasks", time.perf_counter() - began)
+        del report["requests"]
+        report["base"]["model"] = "all-MiniLM-L6-v2"
+        report["settings"]["sources"] = {task.name: "bert5" for task in tasks}
+        report["settings"]["encoder_name_or_path"] = "all-MiniLM-L6-v2"
+        result["run"] = report
+    result["seconds"] = time.perf_counter() - began
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+    print(
+        json.dumps(
+            {"seconds": round(result["seconds"]), "routing": {r["retrieval"]: r["accuracy"] for r in table}}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

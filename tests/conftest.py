@@ -1,0 +1,73 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from slm_fast import SLMConfig, get_slm_model
+from slm_fast.loading import packaged_model
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+DIM = 24  # query size of the small models' precomputed embeddings
+
+TINY = {
+    "llama": (AutoModelForCausalLM, "LlamaConfig", dict(num_key_value_heads=2)),
+    "mistral": (AutoModelForCausalLM, "MistralConfig", dict(num_key_value_heads=2, head_dim=8)),
+    "bert": (AutoModel, "BertConfig", {}),
+    "roberta": (AutoModel, "RobertaConfig", dict(max_position_embeddings=64)),
+    "t5": (AutoModelForSeq2SeqLM, "T5Config", {}),
+}
+
+
+def tiny_base(family: str, dtype=torch.float32):
+    """A small randomly initialised model of a real architecture, the same at every call."""
+    auto, config_name, options = TINY[family]
+    transformers.set_seed(0)
+    if family == "t5":
+        options = dict(d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    else:
+        options = options | dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+        )
+    config = getattr(transformers, config_name)(**options | dict(vocab_size=96, pad_token_id=0))
+    return auto.from_config(config, dtype=dtype).eval()
+
+
+def clustered_embeddings(task: int, count: int = 40, dim: int = DIM) -> torch.Tensor:
+    """Queries of a task: points around its own centre."""
+    generator = torch.Generator().manual_seed(100 + task)
+    centre = torch.randn(dim, generator=generator) * 2
+    return centre + 0.5 * torch.randn(count, dim, generator=generator)
+
+
+def tiny_model(family: str = "llama", num_tasks: int = 3, fill: bool = True, dtype=torch.float32, **config):
+    """A small SLM model with `num_tasks` tasks and random factors, so that every mixture does something."""
+    settings = dict(r=4, top_k=2, entries_per_task=2, target_modules="all-linear", temperature=4.0)
+    model = get_slm_model(tiny_base(family, dtype), SLMConfig(**(settings | config)))
+    for t in range(num_tasks):
+        model.add_task(f"task{t}", embeddings=clustered_embeddings(t), progress=False)
+    if fill:
+        generator = torch.Generator().manual_seed(7)
+        for factors in model.pool.factors:
+            factors.B.copy_(0.1 * torch.randn(factors.B.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    try:
+        return str(packaged_model("minilm"))
+    except OSError as error:
+        pytest.skip(f"needs the packaged MiniLM: {error}")
+
+
+@pytest.fixture(scope="session")
+def benchmark_data() -> Path:
+    path = Path(os.environ.get("SLM_FAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"needs the benchmark data: no folder {path}; set SLM_FAST_DATA")
+    return path

@@ -1,0 +1,89 @@
+import logging
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from slm_fast import Encoder
+from slm_fast.encoder import choose_layers
+
+
+def test_layer_choice():
+    assert choose_layers("auto", 6, 384) == [0, 1, 2, 3, 4, 5, 6]
+    layers = choose_layers("auto", 12, 768)
+    assert layers[0] == 0 and layers[-1] == 12 and 6 in layers and len(layers) * 768 < 4096
+    assert choose_layers("auto", 24, 2048) == [0, 12, 24]
+    assert choose_layers([0, -1], 6, 384) == [0, 6]
+    with pytest.raises(ValueError, match="layers 0 to 6"):
+        choose_layers([7], 6, 384)
+
+
+def test_queries_are_the_pooled_hidden_states(minilm):
+    texts = ["A short text.", "Another text, which is a little longer than the first one."]
+    query = Encoder(minilm)(texts)
+    model, tokenizer = AutoModel.from_pretrained(minilm), AutoTokenizer.from_pretrained(minilm)
+    for row, text in enumerate(texts):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+        expected = torch.cat([torch.nn.functional.normalize(s.mean(1), dim=-1)[0] for s in states])
+        torch.testing.assert_close(query[row], expected, rtol=1e-4, atol=1e-5)
+    last = Encoder(minilm, query_layers=[-1])(texts[:1])
+    torch.testing.assert_close(last, model(**tokenizer(texts[0], return_tensors="pt"))[0].mean(1).detach())
+
+
+def test_every_text_is_encoded_once(minilm):
+    encoder = Encoder(minilm)
+    seen = []
+    original = encoder._encode
+    encoder._encode = lambda texts: seen.extend(texts) or original(texts)
+    first = encoder(["a cat", "a dog", "a cat"])
+    again = encoder(["a dog", "a bird"])
+    assert sorted(seen) == ["a bird", "a cat", "a dog"]
+    assert torch.equal(first[0], first[2]) and torch.equal(first[1], again[0])
+
+
+def test_truncation_warns_and_counts(minilm, caplog):
+    encoder = Encoder(minilm, max_length=16)
+    with caplog.at_level(logging.WARNING, logger="slm_fast.encoder"):
+        long = "word " * 50
+        query = encoder([long, "short", " ".join(["word"] * 14)])
+    assert encoder.num_truncated == 1
+    assert "encoder_max_length=16" in caplog.text
+    torch.testing.assert_close(query[0], Encoder(minilm, max_length=16)([long])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_sentence_transformers_object(minilm):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(minilm, device="cpu")
+    texts = ["What is a list?", "Soup of the day"]
+    ours = Encoder(model, query_layers=[-1])(texts)
+    theirs = torch.from_numpy(model.encode(texts))
+    torch.testing.assert_close(torch.nn.functional.normalize(ours, dim=-1), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_callable_encoder():
+    encoder = Encoder(lambda texts: [[float(len(t)), 1.0] for t in texts])
+    assert encoder(["abc", "de"]).tolist() == [[3.0, 1.0], [2.0, 1.0]]
+    with pytest.raises(ValueError, match="callable"):
+        Encoder(lambda texts: texts, query_layers=[0, 1])
+    with pytest.raises(ValueError, match=r"wanted \[B, D\]"):
+        Encoder(lambda texts: [1.0])(["a"])
+
+
+def test_bad_input():
+    encoder = Encoder(lambda texts: [[float("nan")] for _ in texts])
+    with pytest.raises(ValueError, match="NaN or infinite for text 'abc'"):
+        encoder(["abc"])
+    bad = {
+        "at least one row": [],
+        r"texts\[1\] is empty": ["a", "  "],
+        "one string": "abc",
+        "must be a str": [3],
+    }
+    for message, texts in bad.items():
+        with pytest.raises(ValueError, match=message):
+            encoder(texts)
+    with pytest.raises(ValueError, match="pass embeddings"):
+        Encoder()(["abc"])
+    with pytest.raises(ValueError, match="got int"):
+        Encoder(3)

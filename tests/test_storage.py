@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+from conftest import clustered_embeddings, tiny_base, tiny_model
+from safetensors.torch import load_file
+
+from slm_fast import SLMModel
+from slm_fast.storage import save_pool
+
+
+def saved(tmp_path, family="llama", **options):
+    model = tiny_model(family, **options)
+    model.add_task("topic", embeddings=clustered_embeddings(5), labels=["a", "b"], rank=3, progress=False)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("metric", ["whitened", "grouped_cosine"])
+def test_round_trip_is_exact(tmp_path, family, metric):
+    model = saved(tmp_path, family, metric=metric, num_groups=4)
+    loaded = SLMModel.from_pretrained(tiny_base(family), tmp_path)
+    query = torch.cat([clustered_embeddings(t, 3) for t in (0, 1, 5)])
+    before, after = model.route(embeddings=query), loaded.route(embeddings=query)
+    assert torch.equal(before.indices, after.indices)
+    torch.testing.assert_close(before.weights, after.weights)
+    ids = torch.randint(1, 96, (9, 5))
+    for field in ("logits", "last_hidden_state"):
+        ours = getattr(model(input_ids=ids, routing=before), field, None)
+        if ours is not None:
+            assert torch.equal(ours, getattr(loaded(input_ids=ids, routing=before._replace(
+                pool_version=torch.full((9,), loaded.pool.version))), field))  # fmt: skip
+    assert torch.equal(model.pool.head("topic").weight, loaded.pool.head("topic").weight)
+    assert loaded.pool.task("topic").labels == ["a", "b"]
+    # twice saved, twice loaded: nothing is folded in twice
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("slm_keys.safetensors", "adapters/task0.0/adapter_model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_learning_continues_after_loading(tmp_path):
+    saved(tmp_path)
+    loaded = SLMModel.from_pretrained(tiny_base("llama"), tmp_path)
+    loaded.add_task("later", embeddings=clustered_embeddings(6), progress=False)
+    mass, names = loaded.pool.task_mass(loaded.route(embeddings=clustered_embeddings(6, 5)))
+    assert names[-1] == "later" and (mass.argmax(-1) == 4).all()
+
+
+def test_adapters_load_in_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = saved(tmp_path)
+    ids = torch.randint(1, 96, (2, 5))
+    adapted = peft.PeftModel.from_pretrained(
+        tiny_base("llama"), str(tmp_path / "adapters" / "task1.0")
+    ).eval()
+    with torch.no_grad():
+        ours = model(input_ids=ids, adapter_names=["task1.0"] * 2).logits
+        torch.testing.assert_close(adapted(ids).logits, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_saving_again_removes_forgotten_entries_only(tmp_path):
+    model = saved(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    model.remove_task("task1")
+    model.save_pretrained(tmp_path)
+    names = {p.name for p in (tmp_path / "adapters").iterdir()}
+    assert names == {"task0.0", "task0.1", "task2.0", "task2.1", "topic.0", "topic.1"}
+    assert (tmp_path / "notes.txt").exists() and not list(tmp_path.rglob("*.tmp"))
+    assert SLMModel.from_pretrained(tiny_base("llama"), tmp_path).pool.task_names() == [
+        "task0",
+        "task2",
+        "topic",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["slm_keys.safetensors", "slm_heads.safetensors", "adapters/task0.1/adapter_model.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_damaged_files_are_named_and_the_model_is_unchanged(tmp_path, name, damage):
+    saved(tmp_path)
+    path = tmp_path / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-5] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+    base = tiny_base("llama")
+    modules = dict(base.named_modules())
+    with pytest.raises(OSError, match=path.name):
+        SLMModel.from_pretrained(base, tmp_path)
+    assert dict(base.named_modules()) == modules
+
+
+def test_damaged_index(tmp_path):
+    saved(tmp_path)
+    index = json.loads((tmp_path / "slm_config.json").read_text())
+    for content in ("{", "[]", json.dumps({"config": index["config"]}), json.dumps(index | {"format": 99})):
+        (tmp_path / "slm_config.json").write_text(content)
+        with pytest.raises(OSError, match="slm_config.json"):
+            SLMModel.from_pretrained(tiny_base("llama"), tmp_path)
+    with pytest.raises(OSError, match="holds no saved pool"):
+        SLMModel.from_pretrained(tiny_base("llama"), tmp_path / "nowhere")
+
+
+def test_another_base_model_is_refused(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match="another base model.*no module"):
+        SLMModel.from_pretrained(tiny_base("bert"), tmp_path)
+    with pytest.raises(ValueError, match="another base model.*mistral"):
+        SLMModel.from_pretrained(tiny_base("mistral"), tmp_path)
+    other = tiny_base("llama")
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight += 1
+    with pytest.raises(ValueError, match="weights of .* differ"):
+        SLMModel.from_pretrained(other, tmp_path)
+    SLMModel.from_pretrained(tiny_base("llama", torch.bfloat16), tmp_path)
+
+
+def test_an_interrupted_save_is_recognised(tmp_path, monkeypatch):
+    model = saved(tmp_path)
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    model.add_task("more", embeddings=clustered_embeddings(6), progress=False)
+    calls = []
+
+    def full_disk(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise OSError("No space left on device")
+        return original(*args)
+
+    import slm_fast.storage as storage
+
+    original = storage._write
+    monkeypatch.setattr(storage, "_write", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_pool(model.pool, model.base_model, tmp_path)
+    after = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert all(after[name] == data for name, data in before.items())
+    assert SLMModel.from_pretrained(tiny_base("llama"), tmp_path).pool.task_names()[-1] == "topic"
+
+
+def test_files_hold_no_base_weights(tmp_path):
+    saved(tmp_path)
+    tensors = [load_file(p) for p in tmp_path.rglob("*.safetensors")]
+    names = {name for file in tensors for name in file}
+    assert all("lora_" in n or n.startswith(("keys", "metric.", "task:")) for n in names)
