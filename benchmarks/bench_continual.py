@@ -20,13 +20,14 @@ import transformers
 from slm_fast.cli import print_run
 from slm_fast.config import SLMConfig
 from slm_fast.continual.metrics import merge_tasks
-from slm_fast.continual.runner import ContinualRunner, default_arguments, write_reports
+from slm_fast.continual.runner import ContinualRunner, write_reports
 from slm_fast.continual.tasks import Task, load_jsonl_tasks
 from slm_fast.encoder import Encoder
 from slm_fast.keys import learn_keys
-from slm_fast.loading import load_base, packaged_model
+from slm_fast.loading import load_base
 from slm_fast.model import get_slm_model
 from slm_fast.pool import KnowledgePool
+from slm_fast.trainer import default_arguments
 
 TASKS = ["ag", "yelp", "amazon", "yahoo", "dbpedia"]
 SAME_LABELS = [{"yelp", "amazon"}]
@@ -89,9 +90,9 @@ def main() -> None:
     parser.add_argument("--output", default="runs/bert5", help="folder of the run; continued if interrupted")
     parser.add_argument("--json", help="write the results there")
     parser.add_argument("--order", default=",".join(TASKS))
-    parser.add_argument("--max-train", type=int, default=800)
+    parser.add_argument("--max-train", type=int, default=2000)
     parser.add_argument("--max-test", type=int)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=128)
@@ -101,7 +102,7 @@ def main() -> None:
     began = time.perf_counter()
     tasks = load_jsonl_tasks(Path(args.data) / "bert5", args.order.split(","))
     tasks = [task.subset(args.max_train, args.max_test, args.seed) for task in tasks]
-    encoder = Encoder(packaged_model("minilm"))
+    encoder = Encoder("minilm")
     table = routing_table(tasks, encoder)
     print_routing(table, [task.name for task in tasks])
     result = {

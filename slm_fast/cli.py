@@ -14,10 +14,11 @@ from slm_fast.config import KEY_METHODS, METRICS, SLMConfig
 
 
 def _learn(args) -> int:
-    from slm_fast.continual.runner import ContinualRunner, default_arguments, write_reports
+    from slm_fast.continual.runner import ContinualRunner, write_reports
     from slm_fast.continual.tasks import load_tasks
-    from slm_fast.loading import load_base, resolve_name
+    from slm_fast.loading import load_base
     from slm_fast.model import get_slm_model
+    from slm_fast.trainer import default_arguments
 
     tasks = load_tasks(args.data, args.tasks.split(",") if args.tasks else None)
     tasks = [task.subset(args.max_train, args.max_test, args.seed) for task in tasks]
@@ -29,7 +30,7 @@ def _learn(args) -> int:
         key_method=args.keys,
         top_k=args.top_k,
         entries_per_task=args.entries,
-        encoder_name_or_path=resolve_name(args.encoder),
+        encoder_name_or_path=args.encoder,
     )
     model = get_slm_model(base, config, tokenizer=tokenizer)
     training = default_arguments(
@@ -87,7 +88,7 @@ def _open_model(args):
 
     name = args.base or read_index(args.model)["base"]["name_or_path"]
     base, tokenizer = load_base(name)
-    return SLMModel.from_pretrained(base, args.model, tokenizer=tokenizer)
+    return SLMModel.from_pretrained(base, args.model, tokenizer=tokenizer, encoder=args.encoder)
 
 
 def _texts(args) -> list[str]:
@@ -126,7 +127,11 @@ def _generate(args) -> int:
 
 
 def _version(name: str) -> str | None:
-    return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+    """Version of the distribution that provides an importable package, or None if there is none."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    distributions = importlib.metadata.packages_distributions().get(name)
+    return importlib.metadata.version(distributions[0]) if distributions else "installed"
 
 
 def _doctor(args) -> int:
@@ -139,8 +144,8 @@ def _doctor(args) -> int:
     print(f"transformers  {_version('transformers')}")
     for name, reason in dispatch.available().items():
         print(f"backend       {name}: {'ready' if reason is None else reason}")
-    for line in dispatch.describe_extension():
-        print(f"extension     {line}")
+    for name, value in dispatch.cpu_info().items():
+        print(f"extension     {name}: {value or 'none'}")
     if torch.cuda.is_available():
         print(f"cuda          torch sees {torch.cuda.get_device_name()}")
     else:
@@ -205,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("--model", required=True, help="folder of a saved pool")
         command.add_argument("--base", help="base model, if it is not where the pool was trained")
+        command.add_argument("--encoder", help="sentence encoder, if it is not where the pool was trained")
         command.add_argument("--json", action="store_true", help="one JSON object a line")
         command.add_argument("text", nargs="*", help="texts; without any, lines of standard input")
         command.set_defaults(run=run)

@@ -24,9 +24,8 @@ MIXINGS = ("instance", "batch")
 POOLINGS = ("auto", "mean", "first", "last")
 MAX_TOP_K = 64
 
-# The linears that the paper re-parameterises, and their counterparts in the other families.
-DEFAULT_TARGETS = {"bert": ["attention.output.dense"], "roberta": ["attention.output.dense"], "t5": ["o"]}
-DEFAULT_TARGET = ["o_proj"]
+# The linear after attention, which the paper re-parameterises: BERT, LLaMA, T5. The first that matches.
+DEFAULT_TARGETS = ("attention.output.dense", "o_proj", "o")
 
 
 @dataclass
@@ -97,6 +96,10 @@ class SLMConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, or None, got {value!r}")
+        for name in ("scaling", "min_similarity"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value!r}")
         if not 0 <= self.key_masking < 1:
             raise ValueError(f"key_masking must be in [0, 1), got {self.key_masking!r}")
         if isinstance(self.query_layers, str):

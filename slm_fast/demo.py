@@ -10,11 +10,12 @@ from pathlib import Path
 
 from slm_fast.cli import print_answers, print_run
 from slm_fast.config import SLMConfig
-from slm_fast.continual.runner import ContinualRunner, default_arguments, write_reports
+from slm_fast.continual.runner import ContinualRunner, write_reports
 from slm_fast.continual.tasks import Task, load_tasks
 from slm_fast.encoder import Encoder
-from slm_fast.loading import load_base, packaged_model
+from slm_fast.loading import load_base
 from slm_fast.model import get_slm_model
+from slm_fast.trainer import default_arguments
 
 
 def _run(
@@ -61,10 +62,18 @@ def main(argv: list[str] | None = None) -> int:
         labelled = [task for task in tasks if task.labels is not None]
         generated = [task for task in tasks if task.labels is None]
     else:
-        labelled, generated = load_tasks("docs", names)[:4], load_tasks("chat", names)[:2]
+        labelled, generated = load_tasks("docs"), load_tasks("chat")
+        if names:
+            known = {task.name: task for task in labelled + generated}
+            if unknown := [name for name in names if name not in known]:
+                parser.error(f"unknown tasks {', '.join(unknown)}; there are {', '.join(known)}")
+            labelled = [known[name] for name in names if known[name].labels is not None]
+            generated = [known[name] for name in names if known[name].labels is None]
+        else:
+            labelled, generated = labelled[:4], generated[:2]
     labelled = [task.subset(args.max_train, args.max_test) for task in labelled]
     generated = [task.subset(args.max_train, args.max_test // 2) for task in generated]
-    encoder = Encoder(packaged_model("minilm"))
+    encoder = Encoder("minilm")
     runs = []
     if labelled:
         config = {"target_modules": "all-linear", "top_k": 4}

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+from slm_fast.loading import resolve_name
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class Encoder:
     ) -> None:
         self.batch_size = batch_size
         self.max_length = max_length
+        self.query_layers = query_layers
         self.device = torch.device(device)
         self.name_or_path: str | None = None
         self.model: nn.Module | None = None
@@ -79,11 +83,10 @@ class Encoder:
                 )
             self.function = source
         elif isinstance(source, str) or hasattr(source, "__fspath__"):
-            from transformers import AutoModel, AutoTokenizer
-
             self.name_or_path = str(source)
-            model = AutoModel.from_pretrained(self.name_or_path, dtype=torch.float32)
-            self._take(model, AutoTokenizer.from_pretrained(self.name_or_path), query_layers)
+            folder = resolve_name(self.name_or_path)
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            self._take(model, AutoTokenizer.from_pretrained(folder), query_layers)
         else:
             raise ValueError(
                 "the encoder must be a sentence-transformers object, a model folder, a hub id or a callable, "
@@ -98,6 +101,14 @@ class Encoder:
         if getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "mpnet", "camembert"):
             limit -= model.config.pad_token_id + 1  # their positions start behind the padding index
         self.max_length = min(self.max_length, limit)
+
+    def settings(self) -> dict:
+        """The `SLMConfig` fields that make this encoder again; its name is None if it has none."""
+        return {
+            "encoder_name_or_path": self.name_or_path,
+            "query_layers": self.query_layers,
+            "encoder_max_length": self.max_length,
+        }
 
     def __call__(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Queries of `texts`, [B, D] fp32. Raises ValueError on an empty batch or text and on NaN queries."""

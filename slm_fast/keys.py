@@ -20,6 +20,7 @@ class GroupedCosine(nn.Module):
     """
 
     default_temperature = 0.05
+    has_statistics = False
 
     def __init__(self, config: SLMConfig, dim: int) -> None:
         super().__init__()
@@ -55,6 +56,7 @@ class Whitened(nn.Module):
     """
 
     default_temperature = 8.0
+    has_statistics = True
 
     def __init__(self, config: SLMConfig, dim: int) -> None:
         super().__init__()

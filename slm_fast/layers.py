@@ -1,13 +1,10 @@
 """The replaced linear layer, the holder that carries a batch's routing to it, and the surgery on a model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from slm_fast import ops
-from slm_fast.config import DEFAULT_TARGET, DEFAULT_TARGETS
+from slm_fast.config import DEFAULT_TARGETS
 from slm_fast.pool import Factors, KnowledgePool
 from slm_fast.routing import Routing
 
@@ -17,14 +14,26 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 
-    @contextmanager
-    def use(self, routing: Routing | None) -> Iterator[None]:
-        previous, self.routing = self.routing, routing
-        try:
-            yield
-        finally:
-            self.routing = previous
+    def use(self, routing: Routing | None) -> "RoutingScope":
+        """A context in which the layers see `routing`; what they saw before comes back at its end, always."""
+        return RoutingScope(self, routing)
+
+
+class RoutingScope:
+    """See `RoutingState.use`; may be entered again, as checkpointing does when a graph is kept."""
+
+    def __init__(self, state: RoutingState, routing: Routing | None) -> None:
+        self.state, self.routing = state, routing
+        self.previous: list[Routing | None] = []
+
+    def __enter__(self) -> None:
+        self.previous.append(self.state.routing)
+        self.state.routing = self.routing
+
+    def __exit__(self, *exception) -> None:
+        self.state.routing = self.previous.pop()
 
 
 class MixtureLinear(nn.Module):
@@ -91,7 +100,6 @@ class MixtureLinear(nn.Module):
 
 def target_linears(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
     """The linears of `base` that get a mixture, by name. Raises ValueError when a target matches none."""
-    model_type = getattr(getattr(base, "config", None), "model_type", "")
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     linears = {
         name: module
@@ -104,9 +112,11 @@ def target_linears(base: nn.Module, target_modules: list[str] | str | None) -> d
         return {
             name: module for name, module in linears.items() if id(module) in inside and "pooler" not in name
         }
-    targets = DEFAULT_TARGETS.get(model_type, DEFAULT_TARGET) if target_modules is None else target_modules
-    found = {n: m for n, m in linears.items() if any(n == t or n.endswith("." + t) for t in targets)}
-    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in found)]
+    if target_modules is None:
+        target_modules = next((t for t in DEFAULT_TARGETS if _matching(linears, t)), DEFAULT_TARGETS[0])
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    found = {name: module for target in targets for name, module in _matching(linears, target).items()}
+    missing = [target for target in targets if not _matching(linears, target)]
     if missing:
         known = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise ValueError(
@@ -115,7 +125,11 @@ def target_linears(base: nn.Module, target_modules: list[str] | str | None) -> d
     return found
 
 
-def patch_model(base: nn.Module, pool: KnowledgePool) -> RoutingState:
+def _matching(linears: dict[str, nn.Module], target: str) -> dict[str, nn.Module]:
+    return {n: m for n, m in linears.items() if n == target or n.endswith("." + target)}
+
+
+def patch_model(base: nn.Module, pool: KnowledgePool, state: RoutingState | None = None) -> RoutingState:
     """Replace the pool's linears in `base`, in place; the returned state's `use(routing)` selects the
     mixtures.
 
@@ -137,7 +151,8 @@ def patch_model(base: nn.Module, pool: KnowledgePool) -> RoutingState:
                 f"the pool was made for another base model: {name} is {got} here and {shape} there"
             )
         layers[name] = layer
-    state = RoutingState()
+    state = RoutingState() if state is None else state
+    state.trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
     base.requires_grad_(False)
     pool.to(next(base.parameters()).device)
     for name, layer in layers.items():
@@ -146,10 +161,12 @@ def patch_model(base: nn.Module, pool: KnowledgePool) -> RoutingState:
 
 
 def unpatch_model(base: nn.Module) -> nn.Module:
-    """Put the original linears back, in place."""
+    """Put the original linears back, in place, and make trainable again what was so before patching."""
     for name, module in list(base.named_modules()):
         if isinstance(module, MixtureLinear):
             base.set_submodule(name, module.base_layer)
+            for parameter in module._shared[2].trainable:
+                parameter.requires_grad_(True)
     return base
 
 

@@ -43,14 +43,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32):
 
     Raises OSError when the model cannot be found.
     """
-    name = resolve_name(name)
-    options = {}
-    folder = name
-    if name.endswith(".gguf"):
-        path = Path(name)
-        if not path.is_file():
-            raise OSError(f"no GGUF file at {name}")
-        folder, options = str(path.parent), {"gguf_file": path.name}
+    folder, options = _location(name)
     transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, **options)
@@ -59,9 +52,31 @@ def load_base(name: str, dtype: torch.dtype = torch.float32):
     finally:
         transformers.utils.logging.enable_progress_bar()
     model.config._name_or_path = name
+    return model.eval(), with_pad_token(tokenizer)
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a base model that `load_base` would find."""
+    folder, options = _location(name)
+    return AutoTokenizer.from_pretrained(folder, **options)
+
+
+def with_pad_token(tokenizer):
+    """The tokenizer, padding with its end token if it has no padding token of its own."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+def _location(name: str) -> tuple[str, dict]:
+    """What `from_pretrained` needs for a name: the folder or hub id, and its GGUF file if there is one."""
+    name = resolve_name(name)
+    if not name.endswith(".gguf"):
+        return name, {}
+    path = Path(name)
+    if not path.is_file():
+        raise OSError(f"no GGUF file at {name}")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def _model_class(config):

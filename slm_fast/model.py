@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import TransformersKwargs
 
-from slm_fast.config import SLMConfig
+from slm_fast.config import KEY_METHODS, SLMConfig
 from slm_fast.encoder import Encoder, check_texts, mean_pool
 from slm_fast.keys import learn_keys
 from slm_fast.layers import checkpoint_contexts, default_pool, patch_model, unpatch_model
+from slm_fast.loading import load_tokenizer, with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
 from slm_fast.prompts import encode_prompts
 from slm_fast.routing import Routing
@@ -55,16 +56,15 @@ class SLMModel(nn.Module):
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.state = patch_model(base_model, pool)
+        self.unloaded = False
         self.base_model = base_model
         self.pool = pool
         signature = inspect.signature(base_model.forward).parameters
         self._forward_names = set(signature)
         if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
-            self._forward_names |= set(TransformersKwargs.__annotations__) | {
-                "past_key_values",
-                "cache",
-                "return_dict",
-            }
+            self._forward_names |= set(TransformersKwargs.__annotations__)
+            self._forward_names |= {"past_key_values", "cache", "return_dict"}
+        self.train(base_model.training)
 
     # ---- what it is
 
@@ -87,7 +87,7 @@ class SLMModel(nn.Module):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base scales its loss by the `num_items_in_batch` that the Trainer passes."""
-        accepted = getattr(self.base_model, "accepts_loss_kwargs", True)
+        accepted = getattr(self.base_model, "accepts_loss_kwargs", not self.is_seq2seq)
         return bool(accepted) and "num_items_in_batch" in self._forward_names
 
     def print_trainable_parameters(self) -> None:
@@ -118,15 +118,15 @@ class SLMModel(nn.Module):
         """
         config = self.slm_config
         method = method or config.key_method
-        if method not in ("group_avg", "kmeans", "paper"):
-            raise ValueError(f"method must be group_avg, kmeans or paper, got {method!r}")
+        if method not in KEY_METHODS:
+            raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if name in self.pool.tasks:
             raise ValueError(f"the pool already has a task {name!r}")
-        query = self._queries(texts, embeddings, progress)
+        query = self._queries(texts, embeddings, progress).to(self.pool.keys.device)
         metric = self.pool.metric
         if method == "kmeans":
             metric = copy.deepcopy(metric) if metric is not None else self.pool.new_metric(query.shape[1])
-            metric.update(query.to(self.pool.keys.device))
+            metric.update(query)
         keys = learn_keys(
             query,
             config.entries_per_task,
@@ -186,7 +186,10 @@ class SLMModel(nn.Module):
 
     def explain(self, texts: Sequence[str] | None = None, *, routing: Routing | None = None) -> list[dict]:
         """For each row: the task with the largest mass, the mass of every task, and the picked entries."""
-        routing = self.route(texts) if routing is None else routing
+        if routing is None:
+            routing = self.route(texts)
+        else:
+            self.pool.check_routing(routing)
         mass, names = self.pool.task_mass(routing)
         of_task = self.pool.tasks_of_slots()
         rows = []
@@ -204,6 +207,10 @@ class SLMModel(nn.Module):
 
     def _resolve(self, num_rows: int, texts, embeddings, routing, adapter_names, task) -> Routing | None:
         """The routing of a call. Raises ValueError unless exactly one source fits the batch's rows."""
+        if self.unloaded:
+            raise ValueError("the base model was unloaded: call repatch(pool) or load_pool(directory) first")
+        if task is not None:
+            self.pool.task(task)
         given = {"texts": texts, "embeddings": embeddings, "routing": routing, "adapter_names": adapter_names}
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) > 1:
@@ -320,7 +327,7 @@ class SLMModel(nn.Module):
         ready-made.
         """
         texts = check_texts(texts)
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         if self.pool.num_entries == 0:
             routing = self.pool.fixed_routing(["__base__"] * len(texts))
         elif routing is None:
@@ -380,20 +387,16 @@ class SLMModel(nn.Module):
             out = out[:, prompts["input_ids"].shape[1] :]
         return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 
-    def _require_tokenizer(self):
+    def require_tokenizer(self):
         if self.tokenizer is None:
-            from transformers import AutoTokenizer
-
             name = getattr(self.config, "_name_or_path", "")
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(name)
+                self.tokenizer = load_tokenizer(name)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"the base model {name!r} brings no tokenizer: pass tokenizer= to get_slm_model ({error})"
                 ) from error
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        return self.tokenizer
+        return with_pad_token(self.tokenizer)
 
     # ---- training support, saving
 
@@ -417,28 +420,46 @@ class SLMModel(nn.Module):
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
+    def activation_checkpointing_disable(self) -> None:
+        if hasattr(self.base_model, "activation_checkpointing_disable"):
+            self.base_model.activation_checkpointing_disable()
+        else:
+            self.base_model.gradient_checkpointing_disable()
+
     def gradient_checkpointing_disable(self) -> None:
-        self.base_model.gradient_checkpointing_disable()
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     def unload(self) -> nn.Module:
         """Give the base model back with its original linears."""
+        self.unloaded = True
         return unpatch_model(self.base_model)
 
     def repatch(self, pool: KnowledgePool) -> None:
         """Put `pool` in place of the current one."""
         if self.pool.owner is not None:
             raise ValueError(f"task {self.pool.owner!r} is being trained")
+        trainable = self.state.trainable
         unpatch_model(self.base_model)
-        self.state = patch_model(self.base_model, pool)
-        self.pool = pool
+        try:
+            patch_model(self.base_model, pool, self.state)
+        except ValueError:
+            if not self.unloaded:
+                patch_model(self.base_model, self.pool, self.state)
+            raise
+        self.state.trainable = trainable
+        self.pool, self.slm_config, self.unloaded = pool, pool.config, False
 
     def load_pool(self, directory: str | Path) -> None:
         """Replace the pool by a saved one; on any error the model stays as it was."""
         self.repatch(load_pool(self.base_model, directory))
 
-    def save_pretrained(self, directory: str | Path, **kwargs) -> None:
-        """Write the pool and the settings, never the frozen base, to `directory`."""
-        save_pool(self.pool, self.base_model, directory, self.encoder.name_or_path)
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the pool and the settings, never the frozen base, to `directory`.
+
+        The encoder is saved by name; one without a name (a callable) must be passed again on loading.
+        """
+        save_pool(self.pool, self.base_model, directory, self.encoder.settings())
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, directory: str | Path, *, encoder=None, tokenizer=None):

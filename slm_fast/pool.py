@@ -109,7 +109,7 @@ class KnowledgePool(nn.Module):
         self.owner: str | None = None
         self._free_slots: list[int] = []
         self._num_slots = 0
-        self._free_rows: dict[int, list[int]] = {}
+        self._free_rows: dict[int, list[int]] = {}  # number of rows: starts of free blocks of that size
         self._num_rows = 0
         self.register_buffer("start", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("rank", torch.zeros(0, dtype=torch.int32))
@@ -220,7 +220,7 @@ class KnowledgePool(nn.Module):
             nn.init.zeros_(head.bias)
             self.heads[self.head_key(name)] = head.requires_grad_(False)
         self.tasks[name] = info
-        self.refresh_index(None if queries is not None else info.slots)
+        self.refresh_index(None if queries is not None and self.metric.has_statistics else info.slots)
         return info
 
     @torch.no_grad()
@@ -243,8 +243,10 @@ class KnowledgePool(nn.Module):
         if self.owner == name:
             raise ValueError(f"task {name!r} is being trained")
         self.version += 1
+        self._free_rows.setdefault(int(self.rank[info.slots].sum()), []).append(
+            int(self.start[info.slots[0]])
+        )
         for slot in info.slots:
-            self._free_rows.setdefault(int(self.rank[slot]), []).append(int(self.start[slot]))
             self._free_slots.append(slot)
             self.active[slot], self.slot_version[slot] = False, self.version
             del self.slot_of[self.names.pop(slot)]
@@ -272,34 +274,16 @@ class KnowledgePool(nn.Module):
 
     def _take_rows(self, ranks: list[int]) -> list[int]:
         """Contiguous rows for a task's entries, so that one parameter can own them; freed ones first."""
-        if len(ranks) == 1 and self._free_rows.get(ranks[0]):
-            return [self._free_rows[ranks[0]].pop()]
-        run = self._free_run(ranks)
-        if run is not None:
-            return run
-        starts, total = [], self._num_rows
-        for r in ranks:
-            starts.append(total)
-            total += r
-        capacity = self.factors[0].A.shape[0]
-        if total > capacity:
-            for factors in self.factors:
-                factors.grow(max(total, 2 * capacity))
-        self._num_rows = total
-        return starts
-
-    def _free_run(self, ranks: list[int]) -> list[int] | None:
-        """Rows of a removed task of the same shape, if one is free."""
-        free = self._free_rows.get(ranks[0], [])
-        if len(set(ranks)) > 1 or len(free) < len(ranks):
-            return None
-        r, available = ranks[0], set(free)
-        for begin in free:
-            run = [begin + r * m for m in range(len(ranks))]
-            if available.issuperset(run):
-                self._free_rows[r] = [row for row in free if row not in set(run)]
-                return run
-        return None
+        size = sum(ranks)
+        free = self._free_rows.get(size)
+        begin = free.pop() if free else self._num_rows
+        if begin == self._num_rows:
+            capacity = self.factors[0].A.shape[0]
+            if begin + size > capacity:
+                for factors in self.factors:
+                    factors.grow(max(begin + size, 2 * capacity))
+            self._num_rows += size
+        return [begin + sum(ranks[:m]) for m in range(len(ranks))]
 
     # ---- ownership: which entries are parameters
 
@@ -324,6 +308,17 @@ class KnowledgePool(nn.Module):
             factors.disown()
         self.heads.requires_grad_(False)
         self.owner = None
+
+    def _apply(self, fn, recurse=True):
+        """Move everything to fn's device; only the factors take its dtype: routing stays in fp32."""
+        device = fn(torch.empty(0, device=self.start.device)).device
+        self.factors._apply(fn)
+        for part in (self.heads, self.metric):
+            if part is not None:
+                part._apply(lambda tensor: tensor.to(device))
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = buffer.to(device)
+        return self
 
     # ---- search
 
@@ -402,6 +397,7 @@ class KnowledgePool(nn.Module):
 
     def check_routing(self, routing: Routing) -> None:
         """Raise ValueError if a picked slot does not exist or was rewritten after the routing was made."""
+        routing = routing.to(self.slot_version.device)
         used = routing.weights != 0
         picked = routing.indices[used].long()
         if picked.numel() == 0:

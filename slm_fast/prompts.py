@@ -1,6 +1,10 @@
 """How a prompt and its completion become tokens, the same in training and in answering."""
 
+import logging
+
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def prompt_text(tokenizer, prompt: str) -> str:
@@ -20,11 +24,18 @@ def encode_prompts(tokenizer, prompts: list[str], max_length: int, seq2seq: bool
             return tokenizer(
                 prompts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
             )
-        texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
-        special = not getattr(tokenizer, "chat_template", None)
-        return tokenizer(texts, padding=True, add_special_tokens=special, return_tensors="pt")
+        rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+        if max(map(len, rows)) > max_length:
+            logger.warning("prompts longer than max_length=%d tokens are cut at their start", max_length)
+        return tokenizer.pad({"input_ids": [row[-max_length:] for row in rows]}, return_tensors="pt")
     finally:
         tokenizer.padding_side = side
+
+
+def _prompt_ids(tokenizer, prompt: str) -> list[int]:
+    special = not getattr(tokenizer, "chat_template", None)
+    ids = tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=special)["input_ids"]
+    return ids[:-1] if special and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def encode_example(
@@ -36,10 +47,7 @@ def encode_example(
         source = tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"]
         labels = tokenizer(text_target=completion, truncation=True, max_length=max_length)["input_ids"]
         return {"input_ids": source, "labels": labels}
-    special = not getattr(tokenizer, "chat_template", None)
-    source = tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=special)["input_ids"]
-    if special and source and source[-1] == tokenizer.eos_token_id:
-        source = source[:-1]
+    source = _prompt_ids(tokenizer, prompt)
     target = tokenizer(completion, add_special_tokens=False)["input_ids"][: max_length - 1] + eos
     source = source[-(max_length - len(target)) :] if len(target) < max_length else []
     return {"input_ids": source + target, "labels": [-100] * len(source) + target}

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from slm_fast.loading import with_pad_token
 from slm_fast.model import SLMModel
 from slm_fast.prompts import encode_example
 from slm_fast.routing import Routing
@@ -48,13 +52,20 @@ class SLMTrainer(Trainer):
             raise ValueError(f"model must be an SLMModel, got {type(model).__name__}")
         self.task = task
         labels = model.pool.task(task).labels
-        tokenizer = kwargs.pop("processing_class", None) or model._require_tokenizer()
-        args = TrainingArguments("trainer_output") if args is None else args
+        tokenizer = with_pad_token(kwargs.pop("processing_class", None) or model.require_tokenizer())
+        args = default_arguments("trainer_output") if args is None else args
+        if args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs in one process share one routing: use torchrun or accelerate launch"
+            )
         args.remove_unused_columns = False  # the collator needs the routing columns
         args.label_names = ["labels"]
-        quiet = args.disable_tqdm
-        train = encode_dataset(model, tokenizer, train_dataset, task, max_length, quiet)
-        evaluation = encode_dataset(model, tokenizer, eval_dataset, task, max_length, quiet)
+        self._encoding = (model, tokenizer, task, max_length, args.disable_tqdm)
+        train = encode_dataset(train_dataset, *self._encoding)
+        if isinstance(eval_dataset, dict):
+            evaluation = {name: encode_dataset(part, *self._encoding) for name, part in eval_dataset.items()}
+        else:
+            evaluation = encode_dataset(eval_dataset, *self._encoding)
         kwargs.setdefault("data_collator", Collator(tokenizer, labels is not None))
         super().__init__(
             model=model,
@@ -70,6 +81,21 @@ class SLMTrainer(Trainer):
         """Train; the task's entries are parameters only while this runs."""
         with self.model.training_task(self.task):
             return super().train(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = encode_dataset(eval_dataset, *self._encoding)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(encode_dataset(test_dataset, *self._encoding))
+
+    def _get_train_sampler(self, train_dataset=None):
+        if getattr(self.args, "train_sampling_strategy", None) != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(lengths, size, self.args.data_seed or self.args.seed)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, self._with_routing(inputs), *args, **kwargs)
@@ -91,7 +117,7 @@ class SLMTrainer(Trainer):
         if self.model.pool.owner is not None:
             trained = {n: p.detach().contiguous() for n, p in self._trained()}
             temporary = directory / (TASK_WEIGHTS + ".tmp")
-            save_file(trained, temporary)
+            save_file(trained, temporary, metadata={"task": self.task})
             os.replace(temporary, directory / TASK_WEIGHTS)
         torch.save(self.args, directory / "training_args.bin")
 
@@ -102,11 +128,15 @@ class SLMTrainer(Trainer):
         """Put a checkpoint's parameters back. Raises OSError when it is damaged or of another task."""
         path = Path(resume_from_checkpoint) / TASK_WEIGHTS
         try:
+            with safe_open(path, "pt") as file:
+                owner = (file.metadata() or {}).get("task")
             saved = load_file(path)
         except Exception as error:
             raise OSError(f"{path} is missing or damaged: {error}") from error
         trained = dict(self._trained())
-        if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in saved.items()}:
+        if owner != self.task or {n: p.shape for n, p in trained.items()} != {
+            n: t.shape for n, t in saved.items()
+        }:
             raise OSError(f"{path} is not a checkpoint of task {self.task!r} of this model")
         with torch.no_grad():
             for name, parameter in trained.items():
@@ -117,6 +147,50 @@ class SLMTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+def default_arguments(output_dir: str, **overrides) -> TrainingArguments:
+    """Training arguments that suit low-rank entries; any of them can be replaced."""
+    settings = dict(
+        output_dir=output_dir,
+        per_device_train_batch_size=16,
+        num_train_epochs=2,
+        learning_rate=2e-3,
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        logging_steps=20,
+        save_steps=100,
+        save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+    )
+    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
+        settings["train_sampling_strategy"] = "group_by_length"
+    return TrainingArguments(**(settings | overrides))
+
+
+class EncodedDataset(list):
+    """Rows that `encode_dataset` has tokenised and routed."""
+
+
+class LengthGroupedSampler(Sampler):
+    """Batches of similar lengths in an order that depends on the seed and the epoch alone.
+
+    transformers' own sampler draws from the global generator, so that a resumed epoch sees other batches.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
 class Collator:
     """Pads a batch and stacks its routing."""
 
@@ -125,7 +199,8 @@ class Collator:
         self.has_head = has_head
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        inputs = [{"input_ids": row["input_ids"]} for row in rows]
+        names = [name for name in self.tokenizer.model_input_names if name in rows[0]]
+        inputs = [{name: row[name] for name in names} for row in rows]
         batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
         labels = [row["labels"] for row in rows]
         if self.has_head:
@@ -161,18 +236,19 @@ def _fields(row, number: int) -> tuple[str, object]:
 
 
 def encode_dataset(
-    model: SLMModel, tokenizer, dataset, task: str, max_length: int, quiet: bool
-) -> list[dict] | None:
-    """Tokenise and route a dataset once: rows of input_ids, labels, routing_indices and routing_weights."""
-    if dataset is None:
-        return None
+    dataset, model: SLMModel, tokenizer, task: str, max_length: int, quiet: bool
+) -> EncodedDataset | None:
+    """Tokenise and route a dataset once: rows of input_ids, labels, routing_indices, routing_weights."""
+    if dataset is None or isinstance(dataset, EncodedDataset):
+        return dataset
     labels = model.pool.task(task).labels
-    rows, texts = [], []
+    rows, texts = EncodedDataset(), []
     for number, row in enumerate(dataset):
         if isinstance(row, dict) and "input_ids" in row:
             if "text" not in row or "labels" not in row:
                 raise ValueError(f"row {number} is tokenised but lacks text (for the routing) or labels")
-            rows.append({"input_ids": list(row["input_ids"]), "labels": row["labels"]})
+            kept = [name for name in tokenizer.model_input_names if name in row]
+            rows.append({name: list(row[name]) for name in kept} | {"labels": row["labels"]})
             texts.append(row["text"])
             continue
         text, target = _fields(row, number)

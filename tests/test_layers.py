@@ -23,6 +23,17 @@ def test_all_linear_leaves_the_heads_alone(family, count):
     assert len(found) == count and not any("lm_head" in n or "pooler" in n for n in found)
 
 
+def test_default_targets_of_the_siblings():
+    from transformers import AutoModel, ElectraConfig, MT5Config
+
+    small = dict(
+        num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, vocab_size=20
+    )
+    assert target_linears(AutoModel.from_config(ElectraConfig(embedding_size=16, **small)), None)
+    mt5 = MT5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2, vocab_size=20)
+    assert all(name.endswith(".o") for name in target_linears(AutoModel.from_config(mt5), None))
+
+
 def test_unknown_target_is_named():
     with pytest.raises(ValueError, match="w_proj match no linear.*o_proj"):
         target_linears(tiny_base("llama"), ["o_proj", "w_proj"])
@@ -39,6 +50,7 @@ def test_patching_is_undone_exactly(family):
     with pytest.raises(ValueError, match="patched already"):
         patch_model(base, pool)
     assert unpatch_model(base) is base
+    assert all(p.requires_grad for p in base.parameters())
     assert dict(base.named_modules()) == modules
     assert all(torch.equal(weights[k], v) for k, v in base.state_dict().items())
 

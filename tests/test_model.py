@@ -80,6 +80,26 @@ def test_generation_equals_the_merged_model_row_by_row(family, options):
         assert torch.equal(tokens[row * per_row : (row + 1) * per_row], alone)
 
 
+def test_32_rows_with_32_mixtures_give_each_rows_own_tokens():
+    model = tiny_model(num_tasks=8)
+    generator = torch.Generator().manual_seed(4)
+    indices = torch.stack([torch.randperm(16, generator=generator)[:2] for _ in range(32)])
+    first = torch.rand(32, 1, generator=generator)
+    routing = Routing.make(indices, torch.cat([first, 1 - first], 1), pool_version=model.pool.version)
+    ids = torch.randint(3, 96, (32, 6), generator=generator)
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    together = model.generate(ids, attention_mask=torch.ones_like(ids), routing=routing, **options)
+    assert len({tuple(row.tolist()) for row in together[:, 6:]}) > 8
+    with torch.no_grad():
+        logits = model(input_ids=ids, routing=routing).logits
+        for row in range(32):
+            one, mine = ids[row : row + 1], routing.rows(slice(row, row + 1))
+            alone = model.generate(one, attention_mask=torch.ones_like(one), routing=mine, **options)
+            assert torch.equal(together[row], alone[0])
+            expected = merged(model, routing, row, "llama")(one).logits
+            torch.testing.assert_close(logits[row], expected[0], rtol=0, atol=1e-4)
+
+
 def test_sampled_return_sequences_and_generation_config():
     model = tiny_model()
     ids = torch.randint(3, 96, (3, 4))
@@ -230,12 +250,18 @@ class TestBadInput:
         with pytest.raises(ValueError, match="no input"):
             model(embeddings=torch.zeros(1, DIM))
 
+    def test_generate_checks_the_task(self):
+        with pytest.raises(ValueError, match="unknown task 'nope'"):
+            tiny_model().generate(input_ids=self.ids, adapter_names=["task0"] * 2, task="nope")
+
     def test_stale_routing(self):
         model = tiny_model()
         routing = model.route(embeddings=mixed_queries(2))
         model.remove_task("task0")
         with pytest.raises(ValueError, match="stale"):
             model(input_ids=self.ids, routing=routing)
+        with pytest.raises(ValueError, match="stale"):
+            model.explain(routing=routing)
 
     def test_add_task_changes_nothing_when_it_fails(self):
         model = tiny_model()
@@ -256,6 +282,47 @@ class TestBadInput:
         assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
         with pytest.raises(ValueError, match="already has a task 'task0'"):
             model.add_task("task0", embeddings=clustered_embeddings(8), progress=False)
+
+
+def test_modes_and_settings_survive():
+    model = tiny_model("bert", top_k=1)
+    assert not model.training and not model.base_model.training
+    other = tiny_model("bert", top_k=2).pool
+    model.repatch(other)
+    assert model.pool is other and model.slm_config.top_k == 2
+    foreign = tiny_model("llama").pool
+    ids = torch.randint(1, 96, (2, 5))
+    before = model(input_ids=ids, embeddings=mixed_queries(2)).last_hidden_state
+    with pytest.raises(ValueError, match="another base model"):
+        model.repatch(foreign)
+    assert torch.equal(model(input_ids=ids, embeddings=mixed_queries(2)).last_hidden_state, before)
+    pool = model.pool
+    model.unload()
+    with pytest.raises(ValueError, match="was unloaded"):
+        model(input_ids=ids, adapter_names=["task0"] * 2)
+    model.repatch(pool)
+    assert torch.equal(model(input_ids=ids, embeddings=mixed_queries(2)).last_hidden_state, before)
+
+
+def test_checkpointing_survives_another_pool_and_a_kept_graph():
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    model.repatch(tiny_model().pool)
+    model.train()
+    with model.training_task("task1"):
+        out = model(input_ids=torch.randint(1, 96, (2, 5)), embeddings=mixed_queries(2), task="task1")
+        loss = out.logits.square().mean()
+        loss.backward(retain_graph=True)
+        first = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        loss.backward()
+        for parameter, grad in zip((p for p in model.parameters() if p.requires_grad), first, strict=True):
+            torch.testing.assert_close(parameter.grad, 2 * grad)
+
+
+def test_the_whole_model_moves_to_another_dtype():
+    model = tiny_model().to(torch.bfloat16)
+    logits = model(input_ids=torch.randint(1, 96, (2, 5)), embeddings=mixed_queries(2)).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
 
 
 def test_an_empty_pool_is_the_frozen_model():

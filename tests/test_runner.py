@@ -6,8 +6,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from slm_fast import SLMConfig, get_slm_model
 from slm_fast.continual.metrics import merge_tasks, summarize
-from slm_fast.continual.runner import ContinualRunner, default_arguments, write_reports
+from slm_fast.continual.runner import ContinualRunner, write_reports
 from slm_fast.continual.tasks import Example, Task
+from slm_fast.trainer import SLMTrainer, default_arguments
 
 NOUNS = ["car", "house", "sky", "hat", "cup", "dog", "tree", "shop"]
 
@@ -94,8 +95,6 @@ def test_an_interrupted_run_is_continued_with_the_same_bits(make_runner, monkeyp
         pass
 
     interrupted = make_runner("cut", methods=("slm", "oracle"))
-    from slm_fast.trainer import SLMTrainer
-
     if stop == "in training":
         original, steps = SLMTrainer.training_step, []
 
@@ -125,9 +124,30 @@ def test_an_interrupted_run_is_continued_with_the_same_bits(make_runner, monkeyp
         interrupted.fit()
     monkeypatch.undo()
     assert 0 < sum(len(r) for r in interrupted.state["rows"].values()) < 6
+    with pytest.raises(ValueError, match="holds another run"):
+        make_runner("cut", methods=("slm",))
     resumed = make_runner("cut", methods=("slm", "oracle")).fit()
     assert resumed.state["rows"] == whole.state["rows"]
     assert all(torch.equal(a, b) for a, b in zip(entries(resumed.model), entries(whole.model), strict=True))
+
+
+def test_fit_goes_on_in_the_same_process_after_an_interrupt(make_runner):
+    whole = make_runner("whole", methods=("slm",)).fit()
+    runner = make_runner("cut", methods=("slm",))
+    train = runner._train
+    runner._train = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        runner.fit()
+    assert runner.model.pool.num_entries == 0
+    runner._train = train
+    assert runner.fit().state["rows"] == whole.state["rows"]
+
+
+def test_a_damaged_state_is_named(make_runner, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text("{")
+    with pytest.raises(OSError, match="state.json is damaged"):
+        make_runner()
 
 
 def test_a_finished_run_is_only_read(make_runner):

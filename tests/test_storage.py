@@ -137,8 +137,40 @@ def test_an_interrupted_save_is_recognised(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_pool(model.pool, model.base_model, tmp_path)
     after = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert all(after[name] == data for name, data in before.items())
+    assert after == before
     assert SLMModel.from_pretrained(tiny_base("llama"), tmp_path).pool.task_names()[-1] == "topic"
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5, -1])
+def test_a_save_killed_among_the_renames_is_completed(tmp_path, monkeypatch, stop):
+    model = saved(tmp_path)
+    model.add_task("more", embeddings=clustered_embeddings(6), progress=False)
+    import slm_fast.storage as storage
+
+    original, calls = storage.os.replace, []
+    total = 3 + 2 * model.pool.num_entries
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) - 1 == stop % total:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(storage.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pool(model.pool, model.base_model, tmp_path)
+    monkeypatch.undo()
+    assert SLMModel.from_pretrained(tiny_base("llama"), tmp_path).pool.task_names()[-1] == "more"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_foreign_folders_are_left_alone(tmp_path):
+    (tmp_path / "adapters" / "mine").mkdir(parents=True)
+    model = saved(tmp_path)
+    model.remove_task("task0")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapters" / "mine").is_dir()
+    assert not (tmp_path / "adapters" / "task0.0").exists()
 
 
 def test_files_hold_no_base_weights(tmp_path):

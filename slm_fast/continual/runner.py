@@ -1,6 +1,7 @@
 """Learns tasks one after the other, measures what is kept, and survives being killed at any point."""
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from slm_fast.continual.metrics import DEFINITIONS, merge_tasks, summarize
 from slm_fast.continual.report import write_report
 from slm_fast.continual.tasks import Task, score
 from slm_fast.model import Prediction, SLMModel, get_slm_model
-from slm_fast.trainer import SLMTrainer
+from slm_fast.trainer import SLMTrainer, default_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -30,32 +31,15 @@ METHODS = {
 }
 
 
-def default_arguments(output_dir: str, **overrides) -> TrainingArguments:
-    """Training arguments that suit low-rank entries; any of them can be replaced."""
-    settings = dict(
-        output_dir=output_dir,
-        per_device_train_batch_size=16,
-        num_train_epochs=2,
-        learning_rate=2e-3,
-        warmup_steps=0.06,
-        weight_decay=0.01,
-        logging_steps=20,
-        save_steps=100,
-        save_total_limit=1,
-        report_to=[],
-    )
-    return TrainingArguments(**(settings | overrides))
-
-
 class ContinualRunner:
     """Runs a sequence of tasks through the methods and reports on them.
 
     "slm" learns every task with its own entries and answers one query at a time, without a task id.
     "oracle" is the same trained model, told the task: its difference to "slm" is what retrieval costs.
-    "sequential" trains one LoRA of the same number of parameters on each task in turn, told whose head to use.
+    "sequential" trains one LoRA of as many parameters on each task in turn and is told whose head to use.
 
     Args:
-        model: an `SLMModel` with an empty pool (or the one that an interrupted run left in memory).
+        model: an `SLMModel` with an empty pool (or the one that an interrupted run in `output_dir` left).
         tasks: in the order of learning.
         args: template of the training arguments; `output_dir` is replaced for each task.
         output_dir: the run's folder; a run with the same tasks found there is continued.
@@ -103,16 +87,23 @@ class ContinualRunner:
 
     def _load_state(self) -> dict:
         identity = {
-            "tasks": [[task.name, len(task.train), len(task.test)] for task in self.tasks],
+            "tasks": [[task.name, len(task.train), len(task.test), _digest(task)] for task in self.tasks],
             "config": self.model.slm_config.to_dict(),
             "evaluate": self.evaluate,
             "seed": self.seed,
             "epochs": self.args.num_train_epochs,
             "learning_rate": self.args.learning_rate,
+            "batch_size": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
+            "weight_decay": self.args.weight_decay,
+            "max_length": self.max_length,
+            "oracle": "oracle" in self.methods,
         }
         path = self.output_dir / "state.json"
         if path.is_file():
-            state = json.loads(path.read_text(encoding="utf8"))
+            try:
+                state = json.loads(path.read_text(encoding="utf8"))
+            except json.JSONDecodeError as error:
+                raise OSError(f"{path} is damaged: {error}") from error
             if state["identity"] != json.loads(json.dumps(identity)):
                 raise ValueError(
                     f"{self.output_dir} holds another run (tasks or settings differ); choose a new folder"
@@ -131,8 +122,10 @@ class ContinualRunner:
     def fit(self) -> "ContinualRunner":
         """Learn and measure everything that is not done yet."""
         if self.state["before"] is None:
-            empty = self.model.pool.num_entries == 0
-            self.state["before"] = [self._score(self.model, task) if empty else 0.0 for task in self.tasks]
+            if self.model.pool.num_entries and not (self.output_dir / "slm").exists():
+                raise ValueError("the model's pool must be empty when a run starts")
+            self.state["before"] = [self._score(self.model, task) for task in self.tasks]
+            self._save_state()
         folder = self.output_dir / "slm"
         if (folder / "slm_config.json").is_file():
             self.model.load_pool(folder)
@@ -173,7 +166,12 @@ class ContinualRunner:
                 continue
             if task.name not in model.pool.tasks:
                 began = time.perf_counter()
-                learn(model, stage)
+                try:
+                    learn(model, stage)
+                except BaseException:
+                    if task.name in model.pool.tasks:  # half learnt; its checkpoint on disk is continued
+                        model.remove_task(task.name)
+                    raise
                 model.save_pretrained(folder)
                 shutil.rmtree(self.output_dir / f"{method}-{task.name}", ignore_errors=True)
                 seconds["train"] += time.perf_counter() - began
@@ -319,6 +317,11 @@ class ContinualRunner:
             "requests": self.requests(requests),
             "notes": [],
         }
+
+
+def _digest(task: Task) -> str:
+    rows = json.dumps([[e.text, e.target] for e in task.train + task.test])
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def write_reports(runs: list[dict], directory, title: str, seconds: float) -> tuple[Path, Path]:
