@@ -42,7 +42,7 @@ class SLMConfig:
         metric: "whitened" (Mahalanobis score from replay-free statistics) or "grouped_cosine" (the paper).
         num_groups: groups of `grouped_cosine` and of the "paper" key method.
         shrinkage: whitened: multiple of the identity added to the within-task covariance, in units of its
-            mean diagonal. None chooses it from the statistics alone (OAS).
+            mean diagonal. None chooses it from the statistics alone.
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from slm_fast.cli import print_answers, print_run
 from slm_fast.config import SLMConfig
+from slm_fast.continual.corpora import chat_tasks, chat_topics, documentation_tasks
 from slm_fast.continual.runner import ContinualRunner, write_reports
 from slm_fast.continual.tasks import Task, load_tasks
 from slm_fast.encoder import Encoder
 from slm_fast.loading import load_base
 from slm_fast.model import get_slm_model
 from slm_fast.trainer import default_arguments
+
+CLASSIFICATION = ("python-stdlib", "networkx", "scikit-learn", "chat")
 
 
 def _run(
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "--data", help="folder of JSON-lines tasks, or hub:NAME, instead of the installed text"
     )
     parser.add_argument("--tasks", help="names of the tasks, in order, separated by commas")
-    parser.add_argument("--max-train", type=int, default=240, help="training texts of a task")
+    parser.add_argument("--max-train", type=int, default=300, help="training texts of a classification task")
     parser.add_argument("--max-test", type=int, default=120, help="test texts of a task")
     args = parser.parse_args(argv)
     began = time.perf_counter()
@@ -62,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         labelled = [task for task in tasks if task.labels is not None]
         generated = [task for task in tasks if task.labels is None]
     else:
-        labelled, generated = load_tasks("docs"), load_tasks("chat")
+        labelled, generated = documentation_tasks(), chat_tasks()
+        if (chat := chat_topics()) is not None:
+            labelled.append(chat)
         if names:
             known = {task.name: task for task in labelled + generated}
             if unknown := [name for name in names if name not in known]:
@@ -70,14 +75,15 @@ def main(argv: list[str] | None = None) -> int:
             labelled = [known[name] for name in names if known[name].labels is not None]
             generated = [known[name] for name in names if known[name].labels is None]
         else:
-            labelled, generated = labelled[:4], generated[:2]
+            labelled = [task for task in labelled if task.name in CLASSIFICATION]
+            generated = generated[:2]
     labelled = [task.subset(args.max_train, args.max_test) for task in labelled]
-    generated = [task.subset(args.max_train, args.max_test // 2) for task in generated]
+    generated = [task.subset(2 * args.max_train // 3, args.max_test // 2) for task in generated]
     encoder = Encoder("minilm")
     runs = []
     if labelled:
         config = {"target_modules": "all-linear", "top_k": 4}
-        training = {"num_train_epochs": 2, "learning_rate": 2e-3}
+        training = {"num_train_epochs": 3, "learning_rate": 2e-3}
         runs.append(
             _run(
                 "all-MiniLM-L6-v2, text classification",

@@ -478,7 +478,7 @@ def chat_tasks(max_train: int | None = 300, max_test: int | None = 120, seed: in
             for text in short[areas:]:
                 prompt = f"Which Python package does this describe?\n{text}"
                 package_rows.setdefault(answer, []).append(Example(prompt, answer))
-    tasks = [_chat_topic_task(seed)]
+    tasks = [_chat_topic_task("chat-topic", seed, "What is the topic of this line of a chat?\n")]
     tasks += [
         _balanced_task("docs-package", package_rows, seed),
         _balanced_task("maths-area", area_rows, seed),
@@ -487,7 +487,12 @@ def chat_tasks(max_train: int | None = 300, max_test: int | None = 120, seed: in
     return [replace(task, labels=None) for task in small]
 
 
-def _chat_topic_task(seed: int) -> Task | None:
+def chat_topics(seed: int = 0) -> Task | None:
+    """A line of the chatterbot corpus -> its topic, with labels; None where it is not installed."""
+    return _chat_topic_task("chat", seed, "")
+
+
+def _chat_topic_task(name: str, seed: int, prompt: str) -> Task | None:
     """Lines of a conversation stay on one side: no reply is tested whose question was trained on."""
     conversations = _conversations()
     if not conversations:
@@ -507,10 +512,9 @@ def _chat_topic_task(seed: int) -> Task | None:
             key = text_key(line)
             if len(topics_of[key]) == 1 and key not in seen:
                 seen.add(key)
-                prompt = f"What is the topic of this line of a chat?\n{line}"
-                sides[side].append(Example(prompt, topic))
+                sides[side].append(Example(prompt + line, topic))
     train, test = (_cap_per_target(rows) for rows in sides)
-    return Task("chat-topic", train, test, labels=list(CHAT_TOPICS), source="chatterbot-corpus")
+    return Task(name, train, test, labels=list(CHAT_TOPICS), source="chatterbot-corpus")
 
 
 def _cap_per_target(rows: list[Example]) -> list[Example]:
