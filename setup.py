@@ -22,6 +22,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--fresh",  # a kept build folder remembers tools of an isolated build that are gone
             "-S",
             str(Path(__file__).resolve().parent),
             "-B",
@@ -37,7 +38,7 @@ class CMakeBuild(build_ext):
         result = subprocess.run([*configure, f"-DSLM_CUDA={'ON' if use_cuda else 'OFF'}"])
         if result.returncode != 0 and use_cuda:
             print("configuring with CUDA failed, building the CPU parts only", file=sys.stderr)
-            subprocess.run([*configure, "--fresh", "-DSLM_CUDA=OFF"], check=True)
+            subprocess.run([*configure, "-DSLM_CUDA=OFF"], check=True)
         elif result.returncode != 0:
             raise RuntimeError("CMake could not configure slm_fast._C")
         subprocess.run(["cmake", "--build", str(build)], check=True)

@@ -15,14 +15,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm_fast.reference import WEIGHTINGS
+from slm_fast.reference import MAX_TOP_K, WEIGHTINGS
 
 CONFIG_NAME = "slm_config.json"
 METRICS = ("whitened", "grouped_cosine")
 KEY_METHODS = ("group_avg", "kmeans", "paper")
 MIXINGS = ("instance", "batch")
 POOLINGS = ("auto", "mean", "first", "last")
-MAX_TOP_K = 64
 
 # The linear after attention, which the paper re-parameterises: BERT, LLaMA, T5. The first that matches.
 DEFAULT_TARGETS = ("attention.output.dense", "o_proj", "o")

@@ -49,10 +49,10 @@ class Whitened(nn.Module):
         score = <q - mu, c> + beta,   c = (S + lambda I)^-1 (k - mu),   beta = -<k - mu, c> / 2
 
     which orders keys by their Mahalanobis distance to q. S is the pooled within-task covariance, kept as a
-    count and a scatter matrix, never as examples: a new task changes the metric, not the stored keys. lambda is
-    `shrinkage` times the mean diagonal of S. By default it comes from the statistics alone: the OAS estimate
-    (Chen et al., 2010), which looks at S only, or 0.08 (D / n)^2, which also covers the error of the keys at few
-    texts (the constant was chosen on held-out training texts), whichever is larger, and at most 1.
+    count and a scatter matrix, never as examples: a new task changes the metric, not the stored keys.
+    lambda is `shrinkage` times the mean diagonal of S. By default it comes from the statistics alone: the OAS
+    estimate (Chen et al., 2010), which looks at S only, or 0.08 (D / n)^2, which also covers the error of the
+    keys at few texts (the constant was chosen on held-out training texts): the larger one, at most 1.
     """
 
     default_temperature = 8.0

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slm_fast import dispatch, reference
+from slm_fast.reference import MAX_TOP_K
 
-MAX_TOP_K = 64
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP32, INT32 = (torch.float32,), (torch.int32,)
 

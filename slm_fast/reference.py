@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_TOP_K = 64
 WEIGHTINGS = ("similarity", "softmax", "uniform")
 
 

@@ -81,8 +81,9 @@ def _check_run(run: dict) -> None:
 
 
 def seen_averages(matrix: list[list[float | None]]) -> list[float | None]:
-    """After each task, the mean over the tasks learnt so far."""
-    return [_mean(row[: stage + 1]) for stage, row in enumerate(matrix)]
+    """After each task, the mean over the tasks learnt so far; None where one of them was not measured."""
+    seen = [row[: stage + 1] for stage, row in enumerate(matrix)]
+    return [None if None in scores else sum(scores) / len(scores) for scores in seen]
 
 
 def forgetting_per_task(matrix: list[list[float | None]]) -> list[float | None]:

@@ -236,6 +236,8 @@ def _parse_row(row: dict, labels: list[str] | None, where: str) -> tuple[Example
     if "text" in row and ("label_text" in row or "label" in row):
         label = row.get("label_text")
         label = row.get("label") if label is None else label
+        if not _string(row, "text", where).strip():
+            raise ValueError(f"{where}: the text is empty")
         return Example(_string(row, "text", where), _label_name(label, labels, where)), True
     for prompt_field, target_field in GENERATION_FIELDS:
         if prompt_field in row and target_field in row:
