@@ -55,11 +55,13 @@ class Whitened(nn.Module):
     keys at few texts (the constant was chosen on held-out training texts): the larger one, at most 1.
     """
 
-    default_temperature = 8.0
     has_statistics = True
 
     def __init__(self, config: SLMConfig, dim: int) -> None:
         super().__init__()
+        # Averaged keys of a task differ by noise alone: a high temperature weighs them alike, whatever the metric
+        # learns later. Clustered keys differ for a reason, and the next task's are as near.
+        self.default_temperature = 32.0 if config.key_method == "group_avg" else 4.0
         self.shrinkage = config.shrinkage
         self.register_buffer("scatter", torch.zeros(dim, dim))
         self.register_buffer("mean_sum", torch.zeros(dim, dtype=torch.float64))
