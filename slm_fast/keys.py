@@ -59,8 +59,8 @@ class Whitened(nn.Module):
 
     def __init__(self, config: SLMConfig, dim: int) -> None:
         super().__init__()
-        # Averaged keys of a task differ by noise alone: a high temperature weighs them alike, whatever the metric
-        # learns later. Clustered keys differ for a reason, and the next task's are as near.
+        # Averaged keys of a task differ by noise alone: a high temperature weighs them alike, whatever the
+        # metric learns later. Clustered keys differ for a reason, and those of another task are as near.
         self.default_temperature = 32.0 if config.key_method == "group_avg" else 4.0
         self.shrinkage = config.shrinkage
         self.register_buffer("scatter", torch.zeros(dim, dim))
