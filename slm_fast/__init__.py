@@ -1,9 +1,10 @@
 """One frozen Hugging Face model that keeps learning tasks and answers every row with its own mixture."""
 
+from slm_fast.answers import Prediction
 from slm_fast.config import SLMConfig
 from slm_fast.encoder import Encoder
 from slm_fast.layers import patch_model, unpatch_model
-from slm_fast.model import Prediction, SLMModel, get_slm_model
+from slm_fast.model import SLMModel, get_slm_model
 from slm_fast.pool import KnowledgePool
 from slm_fast.routing import Routing
 

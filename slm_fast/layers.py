@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from slm_fast import ops
 from slm_fast.config import DEFAULT_TARGETS
-from slm_fast.pool import Factors, KnowledgePool
+from slm_fast.factors import Factors
+from slm_fast.pool import KnowledgePool
 from slm_fast.routing import Routing
 
 

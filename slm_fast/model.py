@@ -4,7 +4,6 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,30 +13,15 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import TransformersKwargs
 
+from slm_fast.answers import Prediction, answer_all
 from slm_fast.config import KEY_METHODS, SLMConfig
 from slm_fast.encoder import Encoder, check_texts, mean_pool
 from slm_fast.keys import learn_keys
 from slm_fast.layers import checkpoint_contexts, default_pool, patch_model, unpatch_model
 from slm_fast.loading import load_tokenizer, with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
-from slm_fast.prompts import encode_prompts
 from slm_fast.routing import Routing
 from slm_fast.storage import load_pool, save_pool
-
-
-@dataclass
-class Prediction:
-    """An answer: a label name or generated text, the task that the routing chose (None = the frozen model),
-    and why.
-
-    answer is None when no task with a head was chosen and the base model cannot generate text.
-    """
-
-    text: str
-    answer: str | None
-    task: str | None
-    mass: dict[str, float]
-    entries: list[dict] = field(default_factory=list)
 
 
 class SLMModel(nn.Module):
@@ -309,7 +293,6 @@ class SLMModel(nn.Module):
             loss = F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    @torch.no_grad()
     def predict(
         self,
         texts: Sequence[str],
@@ -324,68 +307,21 @@ class SLMModel(nn.Module):
         """Answer every text by itself: a label name where the chosen task has a head, else generated text.
 
         The task is the one with the largest routing mass. `task=` tells it instead; `routing=` passes it
-        ready-made.
+        ready-made. Texts longer than `max_length` tokens are cut.
         """
         texts = check_texts(texts)
-        tokenizer = self.require_tokenizer()
         if self.pool.num_entries == 0:
             routing = self.pool.fixed_routing(["__base__"] * len(texts))
         elif routing is None:
             routing = self.route(texts, task=task, progress=progress)
-        else:
-            self.pool.check_routing(routing)
         if routing.num_rows != len(texts):
             raise ValueError(f"routing has {routing.num_rows} rows, the batch has {len(texts)}")
-        routing = routing.to(self.device)
         results = [
             Prediction(text, None, task or row["task"], row["mass"], row["entries"])
             for text, row in zip(texts, self.explain(routing=routing), strict=True)
         ]
-        training = self.training
-        self.eval()
-        try:
-            order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-            headed = [r for r in order if (t := results[r].task) and self.pool.task(t).labels is not None]
-            chosen = set(headed)
-            free = [r for r in order if r not in chosen] if self.can_generate else []
-            groups = [(answer, rows[lo : lo + batch_size]) for answer, rows in ((self._label, headed),
-            (self._text, free))
-                      for lo in range(0, len(rows), batch_size)]  # fmt: skip
-            for answer, rows in tqdm(groups, desc="answering", disable=not progress or len(groups) < 2):
-                part = [results[row] for row in rows]
-                with self.state.use(routing.rows(rows)):
-                    answers = answer(tokenizer, part, max_length, max_new_tokens)
-                for result, value in zip(part, answers, strict=True):
-                    result.answer = value
-        finally:
-            self.train(training)
+        answer_all(self, results, routing.to(self.device), batch_size, max_length, max_new_tokens, progress)
         return results
-
-    def _label(self, tokenizer, part: list[Prediction], max_length: int, max_new_tokens: int) -> list[str]:
-        texts = [result.text for result in part]
-        encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        features = self.features(**encoded.to(self.device))
-        answers = []
-        for row, result in zip(features, part, strict=True):
-            label = int(self.pool.head(result.task)(row).argmax())
-            answers.append(self.pool.task(result.task).labels[label])
-        return answers
-
-    def _text(self, tokenizer, part: list[Prediction], max_length: int, max_new_tokens: int) -> list[str]:
-        prompts = encode_prompts(tokenizer, [result.text for result in part], max_length, self.is_seq2seq)
-        prompts = prompts.to(self.device)
-        out = self.base_model.generate(
-            input_ids=prompts["input_ids"],
-            attention_mask=prompts["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
-        )
-        if not self.is_seq2seq:
-            out = out[:, prompts["input_ids"].shape[1] :]
-        return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     def require_tokenizer(self):
         if self.tokenizer is None:

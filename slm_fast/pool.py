@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from slm_fast import ops
 from slm_fast.config import SLMConfig
+from slm_fast.factors import Factors, grown
 from slm_fast.keys import METRIC_CLASSES
 from slm_fast.routing import Routing
 
@@ -19,58 +20,6 @@ class TaskInfo:
     name: str
     slots: list[int] = field(default_factory=list)
     labels: list[str] | None = None
-
-
-def _grown(buffer: Tensor, capacity: int) -> Tensor:
-    """A zero-extended copy of `buffer` with `capacity` rows."""
-    out = buffer.new_zeros(capacity, *buffer.shape[1:])
-    out[: buffer.shape[0]] = buffer
-    return out
-
-
-class Factors(nn.Module):
-    """The stacked factors of all entries for one linear: A [capacity, in_features], B [capacity,
-    out_features].
-
-    Rows that are being learnt are also `A_owned` and `B_owned`, parameters that share the buffers' storage:
-    the optimiser writes straight into the pool, and rows of other tasks are plain buffers that nothing can
-    move.
-    """
-
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("A", torch.zeros(0, in_features, dtype=dtype))
-        self.register_buffer("B", torch.zeros(0, out_features, dtype=dtype))
-        self.A_owned: nn.Parameter | None = None
-        self.B_owned: nn.Parameter | None = None
-        self.owned = (0, 0)
-
-    def own(self, begin: int, end: int) -> None:
-        self.owned = (begin, end)
-        self.A_owned = nn.Parameter(self.A[begin:end])
-        self.B_owned = nn.Parameter(self.B[begin:end])
-
-    def disown(self) -> None:
-        self.owned = (0, 0)
-        self.A_owned = self.B_owned = None
-
-    def grow(self, capacity: int) -> None:
-        self.A, self.B = _grown(self.A, capacity), _grown(self.B, capacity)
-        self._tie()
-
-    def _tie(self) -> None:
-        if self.A_owned is not None:
-            begin, end = self.owned
-            self.A_owned.data, self.B_owned.data = self.A[begin:end], self.B[begin:end]
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._tie()  # copying and unpickling clone parameters
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._tie()
-        return self
 
 
 class KnowledgePool(nn.Module):
@@ -268,7 +217,7 @@ class KnowledgePool(nn.Module):
         if self._num_slots == self.start.shape[0]:
             capacity = max(8, 2 * self._num_slots)
             for name in ("start", "rank", "scaling", "active", "slot_version", "keys"):
-                setattr(self, name, _grown(getattr(self, name), capacity))
+                setattr(self, name, grown(getattr(self, name), capacity))
         self._num_slots += 1
         return self._num_slots - 1
 

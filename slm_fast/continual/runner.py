@@ -16,10 +16,11 @@ import transformers
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from slm_fast.answers import Prediction
 from slm_fast.continual.metrics import DEFINITIONS, merge_tasks, summarize
 from slm_fast.continual.report import write_report
 from slm_fast.continual.tasks import Task, score
-from slm_fast.model import Prediction, SLMModel, get_slm_model
+from slm_fast.model import SLMModel, get_slm_model
 from slm_fast.trainer import SLMTrainer, default_arguments
 
 logger = logging.getLogger(__name__)

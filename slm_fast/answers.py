@@ -1,0 +1,87 @@
+"""Answers to routed texts: label names from the tasks' heads, generated text from the base model."""
+
+from dataclasses import dataclass, field
+
+import torch
+from tqdm.auto import tqdm
+
+from slm_fast.prompts import encode_prompts
+from slm_fast.routing import Routing
+
+
+@dataclass
+class Prediction:
+    """An answer: a label name or generated text, the task that the routing chose (None = the frozen model),
+    and why.
+
+    answer is None when no task with a head was chosen and the base model cannot generate text.
+    """
+
+    text: str
+    answer: str | None
+    task: str | None
+    mass: dict[str, float]
+    entries: list[dict] = field(default_factory=list)
+
+
+@torch.no_grad()
+def answer_all(
+    model,
+    results: list[Prediction],
+    routing: Routing,
+    batch_size: int,
+    max_length: int,
+    max_new_tokens: int,
+    progress: bool,
+) -> None:
+    """Fill in the answers, in batches of similar lengths; row n of the routing belongs to result n."""
+    tokenizer = model.require_tokenizer()
+    order = sorted(range(len(results)), key=lambda row: -len(results[row].text))
+    headed = [r for r in order if (t := results[r].task) and model.pool.task(t).labels is not None]
+    chosen = set(headed)
+    free = [r for r in order if r not in chosen] if model.can_generate else []
+    groups = [
+        (kind, rows[lo : lo + batch_size])
+        for kind, rows in (("label", headed), ("text", free))
+        for lo in range(0, len(rows), batch_size)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        for kind, rows in tqdm(groups, desc="answering", disable=not progress or len(groups) < 2):
+            part = [results[row] for row in rows]
+            with model.state.use(routing.rows(rows)):
+                if kind == "label":
+                    answers = _labels(model, tokenizer, part, max_length)
+                else:
+                    answers = _texts(model, tokenizer, part, max_length, max_new_tokens)
+            for result, answer in zip(part, answers, strict=True):
+                result.answer = answer
+    finally:
+        model.train(training)
+
+
+def _labels(model, tokenizer, part: list[Prediction], max_length: int) -> list[str]:
+    texts = [result.text for result in part]
+    encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    features = model.features(**encoded.to(model.device))
+    answers = []
+    for row, result in zip(features, part, strict=True):
+        label = int(model.pool.head(result.task)(row).argmax())
+        answers.append(model.pool.task(result.task).labels[label])
+    return answers
+
+
+def _texts(model, tokenizer, part: list[Prediction], max_length: int, max_new_tokens: int) -> list[str]:
+    texts = [result.text for result in part]
+    prompts = encode_prompts(tokenizer, texts, max_length, model.is_seq2seq).to(model.device)
+    out = model.base_model.generate(
+        input_ids=prompts["input_ids"],
+        attention_mask=prompts["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if not model.is_seq2seq:
+        out = out[:, prompts["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
