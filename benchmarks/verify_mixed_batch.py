@@ -7,6 +7,7 @@ and the largest difference between a row's logits and those of the model with th
 """
 
 import argparse
+import copy
 import json
 
 import torch
@@ -32,6 +33,26 @@ def random_routing(
     return Routing.make(indices, weights / weights.sum(-1, keepdim=True), pool_version=version)
 
 
+@torch.no_grad()
+def merged_logits(model, target, routing: Routing, row: int, inputs: dict) -> torch.Tensor:
+    """Logits of `target` (the engine's base, or a copy of it) while one row's mixture is merged into its weights."""
+    pool = model.pool
+    base = target.base_model if target is model else target
+    originals = {name: base.get_submodule(name).weight.clone() for name in pool.modules_shape}
+    for name, factors in zip(pool.modules_shape, pool.factors, strict=True):
+        tables = (factors.A, factors.B, pool.start, pool.rank, pool.scaling)
+        offset = dense_offset(*tables, routing.indices[row], routing.weights[row])
+        base.get_submodule(name).weight.add_(offset.to(originals[name].dtype))
+    logits = target(**inputs).logits[0]
+    for name, weight in originals.items():
+        base.get_submodule(name).weight.copy_(weight)
+    return logits
+
+
+def largest(difference: torch.Tensor, kept: torch.Tensor) -> float:
+    return float(difference[kept].abs().max())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", default="smollm2", help="folder, hub id, GGUF file or smollm2")
@@ -39,9 +60,13 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument(
+        "--scale", type=float, default=0.01, help="standard deviation of B, as in trained entries"
+    )
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     base, tokenizer = load_base(args.base)
+    exact = copy.deepcopy(base).double()
     model = get_slm_model(
         base, SLMConfig(target_modules="all-linear", entries_per_task=4), tokenizer=tokenizer
     )
@@ -49,7 +74,7 @@ def main() -> None:
         query = torch.randn(8, 32, generator=generator)
         model.add_task(f"task{task}", embeddings=query, progress=False)
     for factors in model.pool.factors:
-        factors.B.copy_(0.02 * torch.randn(factors.B.shape, generator=generator))
+        factors.B.copy_(args.scale * torch.randn(factors.B.shape, generator=generator))
     routing = random_routing(args.rows, args.entries, args.top_k, generator, model.pool.version)
     tokenizer.padding_side = "left"
     prompts = [PROMPTS[row % len(PROMPTS)] for row in range(args.rows)]
@@ -60,30 +85,26 @@ def main() -> None:
     with torch.no_grad():
         logits = model(**inputs, routing=routing).logits
         frozen = model(**inputs, adapter_names=["__base__"] * args.rows).logits
-    same, worst = 0, 0.0
-    originals = {name: base.get_submodule(name).weight.clone() for name in model.pool.modules_shape}
-    pool = model.pool
+    same, worst, engine_error, merged_error = 0, 0.0, 0.0, 0.0
     for row in range(args.rows):
         one = {name: value[row : row + 1] for name, value in inputs.items()}
         alone = model.generate(**one, routing=routing.rows(slice(row, row + 1)), **options)
         same += bool(torch.equal(alone[0], together[row]))
-        with torch.no_grad():
-            for name, factors in zip(pool.modules_shape, pool.factors, strict=True):
-                tables = (factors.A, factors.B, pool.start, pool.rank, pool.scaling)
-                base.get_submodule(name).weight += dense_offset(
-                    *tables, routing.indices[row], routing.weights[row]
-                )
-            merged = model(**one, adapter_names=["__base__"]).logits
-            for name, weight in originals.items():
-                base.get_submodule(name).weight.copy_(weight)
+        merged = merged_logits(model, model, routing, row, one | {"adapter_names": ["__base__"]})
+        truth = merged_logits(model, exact, routing, row, one)
         kept = one["attention_mask"][0].bool()
-        worst = max(worst, float((merged[0] - logits[row])[kept].abs().max()))
+        worst = max(worst, largest(merged - logits[row], kept))
+        engine_error = max(engine_error, largest(logits[row] - truth, kept))
+        merged_error = max(merged_error, largest(merged - truth, kept))
     distinct = len({tuple(row.tolist()) for row in together[:, inputs["input_ids"].shape[1] :]})
     result = {
         "rows": args.rows,
         "rows_with_the_tokens_of_the_row_alone": same,
         "distinct_answers": distinct,
         "largest_logit_difference_to_merged_weights": worst,
+        "engine_error_against_fp64": engine_error,
+        "merged_error_against_fp64": merged_error,
+        "largest_logit": float(logits.abs().max()),
         "largest_logit_change_by_the_mixtures": float((logits - frozen).abs().max()),
     }
     for name, value in result.items():
