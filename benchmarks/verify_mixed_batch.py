@@ -3,7 +3,8 @@
     python benchmarks/verify_mixed_batch.py
 
 Prints how many of 32 rows, each with a mixture of its own, give the tokens that the row gives alone (greedy),
-and the largest difference between a row's logits and those of the model with that mixture merged into it.
+the largest difference between a row's logits and those of the model with that mixture merged into it, and how
+far both are from the merged model in fp64: that is what fp32 itself costs.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def random_routing(
 
 @torch.no_grad()
 def merged_logits(model, target, routing: Routing, row: int, inputs: dict) -> torch.Tensor:
-    """Logits of `target` (the engine's base, or a copy of it) while one row's mixture is merged into its weights."""
+    """Logits of `target` (the engine or a copy of its base) while one row's mixture is merged into its weights."""
     pool = model.pool
     base = target.base_model if target is model else target
     originals = {name: base.get_submodule(name).weight.clone() for name in pool.modules_shape}
@@ -60,9 +61,7 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=12)
-    parser.add_argument(
-        "--scale", type=float, default=0.01, help="standard deviation of B, as in trained entries"
-    )
+    parser.add_argument("--scale", type=float, default=0.03, help="standard deviation of B; trained: 0.01")
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     base, tokenizer = load_base(args.base)
@@ -105,13 +104,16 @@ def main() -> None:
         "engine_error_against_fp64": engine_error,
         "merged_error_against_fp64": merged_error,
         "largest_logit": float(logits.abs().max()),
+        "relative_difference_to_merged_weights": worst / float(logits.abs().max()),
         "largest_logit_change_by_the_mixtures": float((logits - frozen).abs().max()),
     }
     for name, value in result.items():
         print(f"{name.replace('_', ' '):45s} {value}")
     print(json.dumps(result))
-    if same != args.rows or worst > 1e-4:
-        raise SystemExit("the mixed batch differs from its rows alone or from the merged model")
+    if same != args.rows:
+        raise SystemExit("a row of the mixed batch differs from the row alone")
+    if worst > 1e-4 * result["largest_logit"] or engine_error > 2 * merged_error + 1e-4:
+        raise SystemExit("the mixed batch differs from the merged model")
 
 
 if __name__ == "__main__":
