@@ -36,7 +36,7 @@ def random_routing(
 
 @torch.no_grad()
 def merged_logits(model, target, routing: Routing, row: int, inputs: dict) -> torch.Tensor:
-    """Logits of `target` (the engine or a copy of its base) while one row's mixture is merged into its weights."""
+    """Logits of `target`, the engine or a copy of its base, with one row's mixture merged into it."""
     pool = model.pool
     base = target.base_model if target is model else target
     originals = {name: base.get_submodule(name).weight.clone() for name in pool.modules_shape}
