@@ -143,9 +143,11 @@ def _doctor(args) -> int:
     print(f"torch         {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"transformers  {_version('transformers')}")
     for name, reason in dispatch.available().items():
-        print(f"backend       {name}: {'ready' if reason is None else reason}")
+        hint = "" if reason is None else " — pip install -e . with a C++17 compiler"
+        print(f"backend       {name}: {reason or 'ready'}{hint}")
     for name, value in dispatch.cpu_info().items():
         print(f"extension     {name}: {value or 'none'}")
+    print(f"extension     CUDA devices: {dispatch.cuda_devices()}")
     if torch.cuda.is_available():
         print(f"cuda          torch sees {torch.cuda.get_device_name()}")
     else:

@@ -190,6 +190,19 @@ def mixture_backward_cpu(
     return dx, dA, dB, dweights
 
 
+def cuda_devices() -> str:
+    """The devices that the extension's own CUDA runtime finds, or why it finds none."""
+    if _C is None or not _C.has_cuda:
+        return "none: built without CUDA; put nvcc on the PATH and install again"
+    try:
+        devices = _C.cuda_devices()
+    except RuntimeError as error:
+        return f"none: {error}"
+    return ", ".join(
+        f"{name} (sm_{major}{minor}, {memory / 2**30:.0f} GiB)" for name, (major, minor), memory in devices
+    )
+
+
 def cpu_info() -> dict[str, str | None]:
     """Instruction set in use and how the extension was built; empty when it is not."""
     return {} if _C is None else {"isa": _C.isa(), **_C.build_info()}
