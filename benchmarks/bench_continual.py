@@ -23,7 +23,6 @@ from slm_fast.continual.metrics import merge_tasks
 from slm_fast.continual.runner import ContinualRunner, write_reports
 from slm_fast.continual.tasks import Task, load_jsonl_tasks
 from slm_fast.encoder import Encoder
-from slm_fast.keys import learn_keys
 from slm_fast.loading import load_base
 from slm_fast.model import get_slm_model
 from slm_fast.pool import KnowledgePool
@@ -57,9 +56,7 @@ def routing_table(tasks: list[Task], encoder: Encoder) -> list[dict]:
         pool = KnowledgePool(config, {"none": (1, 1)})
         for task, (train, _) in zip(tasks, queries, strict=True):
             query = select_layers(train, config.query_layers)
-            metric = pool.metric or pool.new_metric(query.shape[1])
-            keys = learn_keys(query, config.entries_per_task, metric, config, method)
-            pool.add_task(task.name, keys, queries=query)
+            pool.add_task(task.name, pool.learn_keys(query, method), queries=query)
         confusion = []
         for _, test in queries:
             mass, names = pool.task_mass(pool.search(select_layers(test, config.query_layers)))

@@ -163,11 +163,14 @@ def patch_model(base: nn.Module, pool: KnowledgePool, state: RoutingState | None
 
 def unpatch_model(base: nn.Module) -> nn.Module:
     """Put the original linears back, in place, and make trainable again what was so before patching."""
+    states = set()
     for name, module in list(base.named_modules()):
         if isinstance(module, MixtureLinear):
             base.set_submodule(name, module.base_layer)
-            for parameter in module._shared[2].trainable:
-                parameter.requires_grad_(True)
+            states.add(module._shared[2])
+    for state in states:
+        for parameter in state.trainable:
+            parameter.requires_grad_(True)
     return base
 
 

@@ -1,6 +1,5 @@
 """A frozen Hugging Face model with a knowledge pool: routing, forward, generation, answers, saving."""
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from transformers.utils import TransformersKwargs
 from slm_fast.answers import Prediction, answer_all
 from slm_fast.config import KEY_METHODS, SLMConfig
 from slm_fast.encoder import Encoder, check_texts, mean_pool
-from slm_fast.keys import learn_keys
 from slm_fast.layers import checkpoint_contexts, default_pool, patch_model, unpatch_model
 from slm_fast.loading import load_tokenizer, with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
@@ -100,26 +98,14 @@ class SLMModel(nn.Module):
         method: "group_avg", "kmeans" or "paper"; None takes the config's. Raises ValueError on an unknown
         method, too few texts, a taken name or non-finite embeddings; nothing is changed then.
         """
-        config = self.slm_config
-        method = method or config.key_method
+        method = method or self.slm_config.key_method
         if method not in KEY_METHODS:
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if name in self.pool.tasks:
             raise ValueError(f"the pool already has a task {name!r}")
         query = self._queries(texts, embeddings, progress).to(self.pool.keys.device)
-        metric = self.pool.metric
-        if method == "kmeans":
-            metric = copy.deepcopy(metric) if metric is not None else self.pool.new_metric(query.shape[1])
-            metric.update(query)
-        keys = learn_keys(
-            query,
-            config.entries_per_task,
-            metric,
-            config,
-            method,
-            seed,
-            (lambda steps: tqdm(steps, desc=f"keys of {name}", leave=False)) if progress else None,
-        )
+        bar = (lambda steps: tqdm(steps, desc=f"keys of {name}", leave=False)) if progress else None
+        keys = self.pool.learn_keys(query, method, seed, bar)
         return self.pool.add_task(
             name,
             keys,

@@ -1,5 +1,6 @@
 """The knowledge pool: keys, low-rank factors and ownership of every entry, with O(1) addition and removal."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from slm_fast import ops
 from slm_fast.config import SLMConfig
 from slm_fast.factors import Factors, grown
-from slm_fast.keys import METRIC_CLASSES
+from slm_fast.keys import METRIC_CLASSES, learn_keys
 from slm_fast.routing import Routing
 
 
@@ -108,6 +109,17 @@ class KnowledgePool(nn.Module):
         return {slot: info.name for info in self.tasks.values() for slot in info.slots}
 
     # ---- adding and removing
+
+    def learn_keys(self, query: Tensor, method: str, seed: int = 0, progress=None) -> Tensor:
+        """Keys for a new task from its queries [N, D]; see `keys.learn_keys`. The pool is not changed.
+
+        Clusters are sought in the metric as it will be once the task's queries are part of it.
+        """
+        metric = self.metric
+        if method == "kmeans":
+            metric = copy.deepcopy(metric) if metric is not None else self.new_metric(query.shape[1])
+            metric.update(query)
+        return learn_keys(query, self.config.entries_per_task, metric, self.config, method, seed, progress)
 
     def add_task(
         self,

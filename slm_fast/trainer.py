@@ -102,9 +102,7 @@ class SLMTrainer(Trainer):
 
     def _with_routing(self, inputs: dict) -> dict:
         inputs = dict(inputs)
-        indices, weights = inputs.pop("routing_indices"), inputs.pop("routing_weights")
-        version = torch.full((len(indices),), self.model.pool.version, device=indices.device)
-        routing = Routing(indices.int(), weights.float(), torch.zeros_like(weights), version)
+        routing = Routing(*(inputs.pop(f"routing_{name}") for name in Routing._fields))
         return inputs | {"routing": routing, "task": self.task}
 
     # ---- saving: the task's parameters for resuming, the whole pool for users, never the frozen base
@@ -211,9 +209,8 @@ class Collator:
             pads = [[-100] * (width - len(row)) for row in labels]
             joined = [p + row if left else row + p for p, row in zip(pads, labels, strict=True)]
             batch["labels"] = torch.tensor(joined)
-        for name in ("routing_indices", "routing_weights"):
-            batch[name] = torch.stack([row[name] for row in rows])
-        return batch
+        routing = Routing.cat([row["routing"] for row in rows])
+        return batch | {f"routing_{name}": tensor for name, tensor in routing._asdict().items()}
 
 
 def _fields(row, number: int) -> tuple[str, object]:
@@ -238,7 +235,7 @@ def _fields(row, number: int) -> tuple[str, object]:
 def encode_dataset(
     dataset, model: SLMModel, tokenizer, task: str, max_length: int, quiet: bool
 ) -> EncodedDataset | None:
-    """Tokenise and route a dataset once: rows of input_ids, labels, routing_indices, routing_weights."""
+    """Tokenise and route a dataset once: rows of input_ids, labels and their routing."""
     if dataset is None or isinstance(dataset, EncodedDataset):
         return dataset
     labels = model.pool.task(task).labels
@@ -266,6 +263,5 @@ def encode_dataset(
         raise ValueError("the dataset is empty")
     routing = model.route(texts, task=task, progress=not quiet)
     for number, row in enumerate(rows):
-        row["routing_indices"] = routing.indices[number]
-        row["routing_weights"] = routing.weights[number]
+        row["routing"] = routing.rows(slice(number, number + 1))
     return rows

@@ -106,9 +106,9 @@ def test_an_interrupted_run_is_continued_with_the_same_bits(make_runner, monkeyp
 
         monkeypatch.setattr(SLMTrainer, "training_step", dying_step)
     elif stop == "between tasks":
-        learn = interrupted._learn_own
-        interrupted._learn_own = lambda model, stage: (
-            (_ for _ in ()).throw(Killed()) if stage else learn(model, stage)
+        learn = interrupted._learn
+        interrupted._learn = lambda method, model, stage: (
+            (_ for _ in ()).throw(Killed()) if stage else learn(method, model, stage)
         )
     else:
         score, calls = interrupted._score, []
@@ -153,7 +153,7 @@ def test_a_damaged_state_is_named(make_runner, tmp_path):
 def test_a_finished_run_is_only_read(make_runner):
     first = make_runner(methods=("slm",)).fit()
     again = make_runner(methods=("slm",))
-    again._learn_own = None
+    again._learn = None
     assert again.fit().report()["methods"]["slm"]["matrix"] == first.report()["methods"]["slm"]["matrix"]
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import clustered_embeddings, tiny_model
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
-from slm_fast import SLMConfig, get_slm_model
+from slm_fast import Routing, SLMConfig, get_slm_model
 from slm_fast.continual.tasks import Example
 from slm_fast.trainer import TASK_WEIGHTS, Collator, LengthGroupedSampler, SLMTrainer
 
@@ -229,7 +229,7 @@ def test_labels_are_padded_on_the_side_of_the_inputs():
                 )
             }
 
-    routing = dict(routing_indices=torch.zeros(1, dtype=torch.int32), routing_weights=torch.ones(1))
+    routing = dict(routing=Routing.make([[0]], [[1.0]]))
     rows = [
         dict(input_ids=[5, 6, 7], labels=[-100, 6, 7]) | routing,
         dict(input_ids=[8], labels=[8]) | routing,

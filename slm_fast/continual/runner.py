@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from slm_fast.answers import Prediction
+from slm_fast.config import CONFIG_NAME
 from slm_fast.continual.metrics import DEFINITIONS, merge_tasks, summarize
 from slm_fast.continual.report import write_report
 from slm_fast.continual.tasks import Task, score
@@ -127,11 +128,10 @@ class ContinualRunner:
                 raise ValueError("the model's pool must be empty when a run starts")
             self.state["before"] = [self._score(self.model, task) for task in self.tasks]
             self._save_state()
-        folder = self.output_dir / "slm"
-        if (folder / "slm_config.json").is_file():
-            self.model.load_pool(folder)
-        self._stages("slm", self.model, folder, self._learn_own, {})
-        self.final = {task.name: self._answers(self.model, task) for task in self.tasks}
+        self._stages("slm", self.model)
+        for task in self.tasks:
+            if task.name not in self.final:  # the last stage was measured in an earlier process
+                self.final[task.name] = self._answers(self.model, task)
         if "sequential" in self.methods and len(self.state["rows"].get("sequential", [])) < len(self.tasks):
             self._fit_sequential()
         return self
@@ -152,14 +152,14 @@ class ContinualRunner:
         )
         try:
             model = get_slm_model(base, budget, encoder=self.model.encoder, tokenizer=self.model.tokenizer)
-            folder = self.output_dir / "sequential"
-            if (folder / "slm_config.json").is_file():
-                model.load_pool(folder)
-            self._stages("sequential", model, folder, self._learn_in_turn, {"latest": True})
+            self._stages("sequential", model)
         finally:
             self.model.repatch(pool)
 
-    def _stages(self, method: str, model: SLMModel, folder: Path, learn, options: dict) -> None:
+    def _stages(self, method: str, model: SLMModel) -> None:
+        folder = self.output_dir / method
+        if (folder / CONFIG_NAME).is_file():
+            model.load_pool(folder)
         rows = self.state["rows"].setdefault(method, [])
         seconds = self.state["seconds"].setdefault(method, {"train": 0.0, "eval": 0.0})
         for stage, task in enumerate(self.tasks):
@@ -168,7 +168,7 @@ class ContinualRunner:
             if task.name not in model.pool.tasks:
                 began = time.perf_counter()
                 try:
-                    learn(model, stage)
+                    self._learn(method, model, stage)
                 except BaseException:
                     if task.name in model.pool.tasks:  # half learnt; its checkpoint on disk is continued
                         model.remove_task(task.name)
@@ -179,7 +179,7 @@ class ContinualRunner:
             began = time.perf_counter()
             last = stage == len(self.tasks) - 1
             others = self.tasks if self.evaluate == "all" and method == "slm" else self.tasks[: stage + 1]
-            row = [self._score(model, other, **options) for other in others]
+            row = [self._score(model, other, latest=method == "sequential") for other in others]
             rows.append(row + [None] * (len(self.tasks) - len(row)))
             if method == "slm" and "oracle" in self.methods:
                 told = [
@@ -193,19 +193,13 @@ class ContinualRunner:
             self._save_state()
             logger.info("%s after %s: %s", method, task.name, row)
 
-    def _learn_own(self, model: SLMModel, stage: int) -> None:
+    def _learn(self, method: str, model: SLMModel, stage: int) -> None:
         task = self.tasks[stage]
         texts = [example.text for example in task.train]
         model.add_task(task.name, texts, labels=task.labels, seed=self.seed + stage, progress=self.progress)
-        self._train(model, task, "slm")
-
-    def _learn_in_turn(self, model: SLMModel, stage: int) -> None:
-        task = self.tasks[stage]
-        texts = [example.text for example in task.train]
-        model.add_task(task.name, texts, labels=task.labels, seed=self.seed + stage, progress=self.progress)
-        if stage:
+        if method == "sequential" and stage:
             model.pool.copy_entries(self.tasks[stage - 1].name, task.name)
-        self._train(model, task, "sequential")
+        self._train(model, task, method)
 
     def _train(self, model: SLMModel, task: Task, method: str) -> None:
         args = copy.deepcopy(self.args)
@@ -228,8 +222,10 @@ class ContinualRunner:
         return model.predict(texts, task=task.name if told or latest else None, **options)
 
     def _score(self, model: SLMModel, task: Task, told: bool = False, latest: bool = False) -> float:
-        answers = [p.answer or "" for p in self._answers(model, task, told, latest)]
-        return score(task, answers, [example.target for example in task.test])
+        predictions = self._answers(model, task, told, latest)
+        if model is self.model and not told:
+            self.final[task.name] = predictions  # the last stage's remain
+        return score(task, [p.answer or "" for p in predictions], [example.target for example in task.test])
 
     def routing_report(self) -> dict:
         """Confusion of true and chosen task, routing accuracy, and every entry's mean mass per task."""
