@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/parallel.h"
+#include "cuda_source.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -38,6 +39,43 @@ void key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask, int64_t 
                           as<float>(weights),
                           as<float>(scores)};
   slm::key_search(op, num_threads);
+}
+
+// The arguments of the CUDA search and of its emulation: key_search's, the transform, the plan.
+slm::CudaKeySearch cuda_key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask,
+                                   int64_t mask_stride, Ptr shift, int num_groups, int64_t num_queries,
+                                   int64_t num_keys, int64_t dim, int64_t top_k, int weighting,
+                                   float temperature, float min_similarity, Ptr indices, Ptr weights,
+                                   Ptr scores, bool wide, bool staged, int queries, int64_t slices,
+                                   int row_size, int64_t shared_bytes, Ptr slice_indices, Ptr slice_scores) {
+  return {
+      {as<float>(query), as<void>(keys), static_cast<DType>(key_dtype), as<float>(bias), as<uint8_t>(mask),
+       mask_stride, num_queries, num_keys, dim, top_k, static_cast<slm::Weighting>(weighting), temperature,
+       min_similarity, as<int32_t>(indices), as<float>(weights), as<float>(scores)},
+      as<float>(shift),
+      num_groups,
+      wide,
+      staged,
+      queries,
+      slices,
+      row_size,
+      shared_bytes,
+      as<int32_t>(slice_indices),
+      as<float>(slice_scores)};
+}
+
+template <class... Args>
+void def_cuda_key_search(py::module_& m, slm::CudaKeySearch (*make)(Args...)) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("key_search_emulated", [make](Args... args) { slm::key_search_emulated(make(args...)); }, NoGil());
+#ifdef SLM_CUDA_VERSION
+  m.def(
+      "key_search_cuda",
+      [make](int device, Ptr stream, Args... args) {
+        slm::key_search_cuda(make(args...), device, as<void>(stream));
+      },
+      NoGil());
+#endif
 }
 
 slm::Mixture mixture(int x_dtype, Ptr A, Ptr B, int factor_dtype, Ptr start, Ptr rank, Ptr scaling,
@@ -107,6 +145,8 @@ PYBIND11_MODULE(_C, m) {
         arg("mask"), arg("mask_stride"), arg("num_queries"), arg("num_keys"), arg("dim"), arg("top_k"),
         arg("weighting"), arg("temperature"), arg("min_similarity"), arg("indices"), arg("weights"),
         arg("scores"), arg("num_threads"));
+  def_cuda_key_search(m, &cuda_key_search);
+  m.attr("cuda_source") = kCudaSource;
   m.def("mixture_forward", &mixture_forward, NoGil(), arg("x"), arg("y"), arg("x_dtype"), arg("A"), arg("B"),
         arg("factor_dtype"), arg("start"), arg("rank"), arg("scaling"), arg("num_entries"), arg("total_rank"),
         arg("indices"), arg("weights"), arg("cu_seqlens"), arg("num_tokens"), arg("num_rows"), arg("top_k"),

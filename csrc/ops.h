@@ -5,10 +5,9 @@
 #include <string>
 #include <vector>
 
-namespace slm {
+#include "key_search_math.h"
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-enum class Weighting : int { similarity = 0, softmax = 1, uniform = 2 };
+namespace slm {
 
 inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
@@ -25,6 +24,21 @@ struct KeySearch {
   int32_t* indices;  // [num_queries, top_k]
   float* weights;
   float* scores;
+};
+
+// What only the CUDA search takes: the transform of the query, done inside (at most one of the two), and the
+// launch, as slm_fast/cuda_search.py plans it.
+struct CudaKeySearch : KeySearch {
+  const float* shift;  // [dim] or null
+  int num_groups;      // 0: none
+  bool wide;           // 16-byte loads of the keys
+  bool staged;         // queries fit in shared memory; otherwise they are transformed already
+  int queries;         // of a block
+  int64_t slices;
+  int row_size;  // floats of a staged query
+  int64_t shared_bytes;
+  int32_t* slice_indices;  // [num_queries, top_k, slices] for several slices
+  float* slice_scores;
 };
 
 // The slabs and the routing that forward and backward share.
@@ -50,6 +64,8 @@ struct Mixture {
 
 // Throw std::invalid_argument on arguments that would read or write out of bounds, and on non-finite queries.
 void key_search(const KeySearch& op, int num_threads);
+// The CUDA kernel's arithmetic lane by lane on the CPU, for tests.
+void key_search_emulated(const CudaKeySearch& op);
 void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int num_threads);
 // dA and dB cover the slab rows owned_begin:owned_end. dw of a weight that is 0 is 0: its u was never
 // computed.
@@ -64,7 +80,8 @@ struct CudaDevice {
   int major, minor;
   uint64_t total_bytes;
 };
-// Throws std::runtime_error with CUDA's message.
+// Both throw std::runtime_error with CUDA's message. `stream` is a cudaStream_t of `device`.
 std::vector<CudaDevice> cuda_devices();
+void key_search_cuda(const CudaKeySearch& op, int device, void* stream);
 
 }  // namespace slm

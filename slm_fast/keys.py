@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm_fast.config import SLMConfig
-from slm_fast.reference import group_normalize, key_learning_loss
+from slm_fast.reference import group_normalize, key_learning_loss, transform_query
 
 
 class GroupedCosine(nn.Module):
@@ -31,8 +31,12 @@ class GroupedCosine(nn.Module):
     def update(self, query: Tensor) -> None:
         """Take in a new task's queries [N, D]; the cosine needs no statistics."""
 
+    def query_transform(self) -> dict:
+        """`transform` as arguments of `ops.key_search`."""
+        return {"num_groups": self.num_groups}
+
     def transform(self, query: Tensor) -> Tensor:
-        return group_normalize(query, self.num_groups)
+        return transform_query(query, **self.query_transform())
 
     def index(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [P, D] -> what is searched: c [P, D] and beta [P]."""
@@ -115,8 +119,12 @@ class Whitened(nn.Module):
             )
         return self._factor
 
+    def query_transform(self) -> dict:
+        """`transform` as arguments of `ops.key_search`."""
+        return {"shift": self.mean}
+
     def transform(self, query: Tensor) -> Tensor:
-        return query - self.mean
+        return transform_query(query, **self.query_transform())
 
     def index(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [P, D] -> what is searched: c [P, D] and beta [P]."""

@@ -60,12 +60,14 @@ class KnowledgePool(nn.Module):
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._free_rows: dict[int, list[int]] = {}  # number of rows: starts of free blocks of that size
-        self._num_rows = 0
+        self.num_rows = 0  # slab rows that were ever used
+        self.max_rank = 0  # never smaller than any entry's rank
         self.register_buffer("start", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("rank", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("scaling", torch.zeros(0))
         self.register_buffer("active", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("slot_version", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("row_entry", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("keys", torch.zeros(0, 0))
         self.register_buffer("index_keys", torch.zeros(0, 0))
         self.register_buffer("index_bias", torch.zeros(0))
@@ -166,6 +168,7 @@ class KnowledgePool(nn.Module):
             self.names[slot] = f"{name}.{m}"
             self.slot_of[self.names[slot]] = slot
             self.start[slot], self.rank[slot] = starts[m], ranks[m]
+            self.row_entry[starts[m] : starts[m] + ranks[m]] = slot
             self.scaling[slot] = self.config.scaling if scaling is None else scaling
             self.active[slot], self.slot_version[slot] = True, self.version
             self.keys[slot] = keys[m].to(self.keys)
@@ -208,6 +211,7 @@ class KnowledgePool(nn.Module):
             int(self.start[info.slots[0]])
         )
         for slot in info.slots:
+            self.row_entry[self.row_entry == slot] = -1
             self._free_slots.append(slot)
             self.active[slot], self.slot_version[slot] = False, self.version
             del self.slot_of[self.names.pop(slot)]
@@ -236,14 +240,18 @@ class KnowledgePool(nn.Module):
     def _take_rows(self, ranks: list[int]) -> list[int]:
         """Contiguous rows for a task's entries, so that one parameter can own them; freed ones first."""
         size = sum(ranks)
+        self.max_rank = max(self.max_rank, *ranks)
         free = self._free_rows.get(size)
-        begin = free.pop() if free else self._num_rows
-        if begin == self._num_rows:
+        begin = free.pop() if free else self.num_rows
+        if begin == self.num_rows:
             capacity = self.factors[0].A.shape[0]
             if begin + size > capacity:
+                capacity = max(begin + size, 2 * capacity)
                 for factors in self.factors:
-                    factors.grow(max(begin + size, 2 * capacity))
-            self._num_rows += size
+                    factors.grow(capacity)
+                self.row_entry = grown(self.row_entry, capacity)
+                self.row_entry[self.num_rows :] = -1
+            self.num_rows += size
         return [begin + sum(ranks[:m]) for m in range(len(ranks))]
 
     # ---- ownership: which entries are parameters
@@ -312,14 +320,14 @@ class KnowledgePool(nn.Module):
                 raise ValueError(f"tasks has {len(tasks)} rows, the batch has {query.shape[0]}")
             distinct = {t: self.active if t is None else self._task_mask(t) for t in set(tasks)}
             mask = torch.stack([distinct[t] for t in tasks]) if tasks else self.active.expand(0, -1)
-        features = self.metric.transform(query)
         config = self.config
+        features, transform = query, self.metric.query_transform()
         if config.mixing == "batch" and query.shape[0] > 0:
             if mask.ndim == 2:
                 raise ValueError(
                     'mixing="batch" shares one mixture and cannot restrict rows to different tasks'
                 )
-            features = features.mean(0, keepdim=True)
+            features, transform = self.metric.transform(query).mean(0, keepdim=True), {}
         indices, weights, scores = ops.key_search(
             features,
             self.index_keys,
@@ -329,6 +337,7 @@ class KnowledgePool(nn.Module):
             weighting=config.weighting,
             temperature=self.temperature(),
             min_similarity=config.min_similarity,
+            **transform,
             backend=self.backend,
         )
         routing = Routing.make(indices, weights, scores, self.version)

@@ -4,7 +4,8 @@ import torch
 from slm_fast import dispatch, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = [name for name, reason in dispatch.available().items() if reason is None]
+# Those that run on CPU tensors; the gpu backend's search has tests/test_cuda_search.py.
+BACKENDS = [name for name, reason in dispatch.available().items() if reason is None and name != "gpu"]
 
 
 def name_of(value):
@@ -69,6 +70,20 @@ def test_key_search_options(backend, weighting, masked):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", ["num_groups", "shift"])
+def test_key_search_transforms_the_query(backend, transform):
+    query, keys = search_case(9, 200, 48)
+    query[3, :12] = 0  # a group without a direction stays 0
+    if transform == "num_groups":
+        options, transformed = {"num_groups": 4}, reference.group_normalize(query, 4)
+    else:
+        shift = torch.linspace(-2, 2, 48)
+        options, transformed = {"shift": shift}, query - shift
+    found = ops.key_search(query, keys, top_k=5, backend=backend, **options)
+    check_search(found, transformed, keys, top_k=5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_key_search_ties_break_by_the_lower_index(backend):
     keys = torch.ones(5000, 8)
     keys[[40, 4000, 4999]] = 2
@@ -116,6 +131,10 @@ def test_key_search_same_bits_for_any_threads():
         ({"bias": torch.zeros(4)}, "bias"),
         ({"mask": torch.ones(3, 5, dtype=torch.bool)}, "mask"),
         ({"mask": torch.ones(5)}, "mask"),
+        ({"num_groups": 3}, "num_groups"),
+        ({"num_groups": 0}, "num_groups"),
+        ({"num_groups": 2, "shift": torch.zeros(8)}, "exclude"),
+        ({"shift": torch.zeros(7)}, "shift"),
     ],
 )
 def test_key_search_rejects(backend, change, message):

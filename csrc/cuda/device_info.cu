@@ -1,17 +1,7 @@
-#include <cuda_runtime_api.h>
-
-#include <stdexcept>
-
 #include "../ops.h"
+#include "check.h"
 
 namespace slm {
-namespace {
-
-void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-}
-
-}  // namespace
 
 std::vector<CudaDevice> cuda_devices() {
   int count = 0;
