@@ -56,6 +56,8 @@ class SLMConfig:
         encoder_name_or_path: sentence encoder, a folder or a hub id.  encoder_max_length: tokens kept of a
             text.
         backend: "auto" or a name from `dispatch.available()`.
+        faiss_above: pools with more entries than this are searched by FAISS (faiss-cpu, or faiss-gpu where
+            the keys are on a CUDA device), except for searches restricted to tasks; None never does.
     """
 
     r: int = 8
@@ -77,6 +79,7 @@ class SLMConfig:
     encoder_name_or_path: str | None = None
     encoder_max_length: int = 256
     backend: str = "auto"
+    faiss_above: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("r", "entries_per_task", "num_groups", "encoder_max_length"):
@@ -99,6 +102,8 @@ class SLMConfig:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value!r}")
+        if self.faiss_above is not None and not (isinstance(self.faiss_above, int) and self.faiss_above >= 0):
+            raise ValueError(f"faiss_above must be an integer from 0, or None, got {self.faiss_above!r}")
         if not 0 <= self.key_masking < 1:
             raise ValueError(f"key_masking must be in [0, 1), got {self.key_masking!r}")
         if isinstance(self.query_layers, str):

@@ -1,14 +1,20 @@
 """The one place that knows the backends: which can run here, which one runs a call, and the raw calls.
 
-`cpu` is the compiled extension, `reference` plain PyTorch on any device. SLM_FAST_BACKEND forces one.
+`cpu` is the compiled extension, `gpu` the Triton kernels and the CUDA key search, `reference` plain PyTorch
+on any device. SLM_FAST_BACKEND forces one. With TRITON_INTERPRET=1, `gpu` runs the Triton kernels on CPU
+tensors too, one program after the other, when it is asked for by name.
 """
 
+import contextlib
 import functools
+import importlib.util
 import math
 import os
 
 import torch
 from torch import Tensor
+
+from slm_fast import plan
 
 try:
     from slm_fast import _C
@@ -21,10 +27,28 @@ WEIGHTING_CODES = {"similarity": 0, "softmax": 1, "uniform": 2}
 
 @functools.cache
 def _probe() -> dict[str, str | None]:
-    if _C is None:
-        return {"cpu": f"the extension is not built: {_import_error}", "reference": None}
-    _C.isa()  # raises ValueError when SLM_FAST_ISA asks for what this processor lacks
-    return {"cpu": None, "reference": None}
+    if _C is not None:
+        _C.isa()  # raises ValueError when SLM_FAST_ISA asks for what this processor lacks
+    cpu = f"the extension is not built: {_import_error}" if _C is None else None
+    return {"cpu": cpu, "gpu": _gpu_missing(), "reference": None}
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on CPU tensors; it decides when the kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _gpu_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'slm_fast[gpu]'"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name()} has {capability}"
+    return None
 
 
 def available() -> dict[str, str | None]:
@@ -37,17 +61,24 @@ def select(x: Tensor, backend: str | None = None) -> str:
 
     Raises ValueError when an explicit choice is unknown, missing, or cannot run on x's device.
     """
+    return _select(x.device.type, backend)
+
+
+@torch.compiler.assume_constant_result
+def _select(device: str, backend: str | None) -> str:
     choice = backend or os.environ.get("SLM_FAST_BACKEND")
-    on_cpu = x.device.type == "cpu"
+    on_cpu, on_cuda, known = device == "cpu", device == "cuda", _probe()
     if not choice or choice == "auto":
-        return "cpu" if on_cpu and _probe()["cpu"] is None else "reference"
-    known = _probe()
+        if on_cuda and known["gpu"] is None:
+            return "gpu"
+        return "cpu" if on_cpu and known["cpu"] is None else "reference"
     if choice not in known:
         raise ValueError(f"unknown backend {choice!r}; known: {', '.join(known)}")
     if known[choice] is not None:
         raise ValueError(f"backend {choice!r} cannot run: {known[choice]}; known: {', '.join(known)}")
-    if choice == "cpu" and not on_cpu:
-        raise ValueError(f"backend 'cpu' cannot run on a tensor on {x.device}; known: {', '.join(known)}")
+    runs = {"cpu": on_cpu, "gpu": on_cuda or (on_cpu and interpreting()), "reference": True}
+    if not runs[choice]:
+        raise ValueError(f"backend {choice!r} cannot run on a tensor on {device}; known: {', '.join(known)}")
     return choice
 
 
@@ -188,6 +219,119 @@ def mixture_backward_cpu(
         torch.get_num_threads(),
     )
     return dx, dA, dB, dweights
+
+
+@functools.cache
+def _architecture(device: str) -> str:
+    return plan.architecture_of(torch.cuda.get_device_capability(device)) if "cuda" in device else "sm_90"
+
+
+def find_plan(op: str, phase: str, x: Tensor, columns: int, in_features: int, out_features: int) -> dict:
+    """The plan table's choice for x [tokens, features]; the interpreter knows no dependent launches."""
+    sizes = (x.shape[0], columns, in_features, out_features)
+    found = plan.find(_architecture(str(x.device)), op, phase, x.dtype == torch.float32, *sizes)
+    return found if x.is_cuda else found | {"pdl": False}
+
+
+def prefers_fused(x: Tensor, columns: int, in_features: int, out_features: int) -> bool:
+    """Whether the plan table gives a frozen linear with a pool of `columns` slab rows to `fused_linear`.
+
+    A compiler asks once for any number of tokens: it gets the answer for few.
+    """
+    tokens = 0 if torch.compiler.is_compiling() else x.shape[0]
+    full = x.dtype == torch.float32
+    return _prefers_fused(str(x.device), full, tokens, columns, in_features, out_features)
+
+
+@torch.compiler.assume_constant_result
+def _prefers_fused(device: str, full: bool, *sizes: int) -> bool:
+    return plan.find(_architecture(device), "linear", "forward", full, *sizes)["kernel"] == "fused_linear"
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def key_search_gpu(query: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.key_search` in the CUDA kernels; see `cuda_search.key_search` for the arguments."""
+    from slm_fast import cuda_search
+
+    return cuda_search.key_search(query, *args)
+
+
+def mixture_forward_gpu(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: tuple, max_rank: int, u: Tensor | None, save_u: bool
+) -> Tensor | None:
+    """Add the mixture to y [T, out_features] in place; the unweighted u [T, top_k * max_rank] if `save_u`.
+
+    routing: (start, rank, scaling, indices, weights, cu_seqlens); u: [splits, T, columns] instead of A x.
+    """
+    from slm_fast.kernels import mixture
+
+    columns = routing[3].shape[1] * max_rank
+    found = find_plan("mixture", "forward", x, columns, A.shape[1], B.shape[1])
+    with _on_device(x):
+        return mixture.mixture_fwd(y, x, A, B, routing, max_rank=max_rank, plan=found, u=u, save_u=save_u)
+
+
+def mixture_backward_gpu(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    A: Tensor,
+    B: Tensor,
+    routing: tuple,
+    max_rank: int,
+    owned: tuple[int, int],
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """(dx, dA, dB, dweights) as `mixture_backward_cpu`, and g = B dy [T, columns]."""
+    from slm_fast.kernels import mixture
+
+    found = find_plan("mixture", "backward", x, u.shape[1], A.shape[1], B.shape[1])
+    with _on_device(x):
+        return mixture.mixture_bwd(
+            dy, x, u, A, B, routing, max_rank=max_rank, plan=found, owned=owned, needs=needs
+        )
+
+
+def fused_linear_forward_gpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    routing: tuple,
+    u: Tensor | None,
+    save_u: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(y [T, out_features], unweighted u [T, slab rows] if `save_u`)."""
+    from slm_fast.kernels import fused_linear
+
+    found = find_plan("fused_linear", "forward", x, A.shape[0], A.shape[1], B.shape[1])
+    with _on_device(x):
+        return fused_linear.fused_linear_fwd(x, weight, bias, A, B, routing, plan=found, u=u, save_u=save_u)
+
+
+def fused_linear_backward_gpu(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    routing: tuple,
+    owned: tuple[int, int],
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """(dx, dA, dB, dweights, g = B dy [T, slab rows]); dx includes the frozen linear's."""
+    from slm_fast.kernels import fused_linear
+
+    found = find_plan("fused_linear", "backward", x, A.shape[0], B.shape[1], A.shape[1])
+    with _on_device(x):
+        return fused_linear.fused_linear_bwd(
+            dy, x, u, weight, A, B, routing, plan=found, owned=owned, needs=needs
+        )
 
 
 def cuda_devices() -> str:

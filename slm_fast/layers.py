@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from slm_fast import ops
+from slm_fast import dispatch, ops
 from slm_fast.config import DEFAULT_TARGETS
 from slm_fast.factors import Factors
 from slm_fast.pool import KnowledgePool
@@ -15,11 +15,18 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self._dense: tuple[Routing, Tensor] | None = None
         self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 
     def use(self, routing: Routing | None) -> "RoutingScope":
         """A context in which the layers see `routing`; what they saw before comes back at its end, always."""
         return RoutingScope(self, routing)
+
+    def dense(self, num_entries: int) -> Tensor:
+        """The running batch's weights as a matrix [rows, num_entries], made once for all layers."""
+        if self._dense is None or self._dense[0] is not self.routing:
+            self._dense = (self.routing, self.routing.dense(num_entries))
+        return self._dense[1]
 
 
 class RoutingScope:
@@ -31,10 +38,10 @@ class RoutingScope:
 
     def __enter__(self) -> None:
         self.previous.append(self.state.routing)
-        self.state.routing = self.routing
+        self.state.routing, self.state._dense = self.routing, None
 
     def __exit__(self, *exception) -> None:
-        self.state.routing = self.previous.pop()
+        self.state.routing, self.state._dense = self.previous.pop(), None
 
 
 class MixtureLinear(nn.Module):
@@ -80,23 +87,49 @@ class MixtureLinear(nn.Module):
                 f"the batch has {x.shape[0]} rows, which is not a multiple of the routing's {rows}"
             )
         flat = x.reshape(-1, x.shape[-1])
-        y = self.base_layer(flat)
-        y = ops.mixture(
-            y,
-            flat if flat.dtype == y.dtype else flat.to(y.dtype),
-            factors.A,
-            factors.B,
-            pool.start,
-            pool.rank,
-            pool.scaling,
-            routing.indices,
-            routing.weights,
-            A_owned=factors.A_owned,
-            B_owned=factors.B_owned,
-            owned=factors.owned,
-            backend=pool.backend,
-        )
+        owned = {"A_owned": factors.A_owned, "B_owned": factors.B_owned, "owned": factors.owned}
+        if self._fuses(flat):
+            used = slice(pool.num_rows)
+            y = ops.fused_linear(
+                flat,
+                self.weight,
+                self.bias,
+                factors.A[used],
+                factors.B[used],
+                pool.row_entry[used],
+                pool.scaling,
+                state.dense(pool.scaling.shape[0]),
+                **owned,
+                backend=pool.backend,
+            )
+        else:
+            y = self.base_layer(flat)
+            y = ops.mixture(
+                y,
+                flat if flat.dtype == y.dtype else flat.to(y.dtype),
+                factors.A,
+                factors.B,
+                pool.start,
+                pool.rank,
+                pool.scaling,
+                routing.indices,
+                routing.weights,
+                max_rank=pool.max_rank,
+                **owned,
+                backend=pool.backend,
+            )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether one kernel computes the linear and the mixture: a small pool and a plain frozen linear."""
+        _, pool, _ = self._shared
+        return (
+            dispatch.select(x, pool.backend) == "gpu"
+            and type(self.base_layer) is nn.Linear
+            and self.weight.dtype == x.dtype
+            and not (torch.is_autocast_enabled(x.device.type) or self.weight.requires_grad)
+            and dispatch.prefers_fused(x, pool.num_rows, self.in_features, self.out_features)
+        )
 
 
 def target_linears(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from slm_fast import ops
 from slm_fast.config import SLMConfig
 from slm_fast.factors import Factors, grown
+from slm_fast.faiss_index import FaissIndex
 from slm_fast.keys import METRIC_CLASSES, learn_keys
 from slm_fast.routing import Routing
 
@@ -72,6 +73,7 @@ class KnowledgePool(nn.Module):
         self.register_buffer("index_keys", torch.zeros(0, 0))
         self.register_buffer("index_bias", torch.zeros(0))
         self.metric: nn.Module | None = None
+        self._faiss: FaissIndex | None = None  # dropped whenever what is searched changes
         if query_dim is not None:
             self._set_query_dim(query_dim)
 
@@ -207,6 +209,7 @@ class KnowledgePool(nn.Module):
         if self.owner == name:
             raise ValueError(f"task {name!r} is being trained")
         self.version += 1
+        self._faiss = None
         self._free_rows.setdefault(int(self.rank[info.slots].sum()), []).append(
             int(self.start[info.slots[0]])
         )
@@ -287,12 +290,22 @@ class KnowledgePool(nn.Module):
                 part._apply(lambda tensor: tensor.to(device))
         for name, buffer in self._buffers.items():
             self._buffers[name] = buffer.to(device)
+        self._faiss = None
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._faiss = None
+
+    def __getstate__(self) -> dict:
+        """A FAISS index is neither pickled nor copied: the copy builds its own."""
+        return self.__dict__ | {"_faiss": None}
 
     # ---- search
 
     def refresh_index(self, slots: list[int] | None = None) -> None:
         """Recompute what is searched from the raw keys: of some slots, or of all after the metric changed."""
+        self._faiss = None
         if self.index_keys.shape != self.keys.shape or slots is None:
             self.index_keys, self.index_bias = self.metric.index(self.keys)
             self.index_bias = torch.where(self.active, self.index_bias, torch.zeros_like(self.index_bias))
@@ -328,19 +341,21 @@ class KnowledgePool(nn.Module):
                     'mixing="batch" shares one mixture and cannot restrict rows to different tasks'
                 )
             features, transform = self.metric.transform(query).mean(0, keepdim=True), {}
-        indices, weights, scores = ops.key_search(
-            features,
-            self.index_keys,
-            self.index_bias,
-            mask,
+        options = transform | dict(
             top_k=config.top_k,
             weighting=config.weighting,
             temperature=self.temperature(),
             min_similarity=config.min_similarity,
-            **transform,
-            backend=self.backend,
         )
-        routing = Routing.make(indices, weights, scores, self.version)
+        if tasks is None and config.faiss_above is not None and self.num_entries > config.faiss_above:
+            if self._faiss is None:
+                self._faiss = FaissIndex(self.index_keys, self.index_bias, self.active)
+            found = self._faiss.search(features, **options)
+        else:
+            found = ops.key_search(
+                features, self.index_keys, self.index_bias, mask, **options, backend=self.backend
+            )
+        routing = Routing.make(*found, self.version)
         return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
 
     def fixed_routing(self, adapter_names: list[str]) -> Routing:

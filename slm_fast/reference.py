@@ -20,6 +20,13 @@ def group_normalize(x: Tensor, num_groups: int) -> Tensor:
     return F.normalize(grouped, dim=-1, eps=1e-12).flatten(-2)
 
 
+def transform_query(query: Tensor, num_groups: int | None = None, shift: Tensor | None = None) -> Tensor:
+    """phi(q): `group_normalize(q, num_groups)`, q - shift, or q itself: [B, D] -> [B, D]; shift: [D]."""
+    if num_groups is not None:
+        return group_normalize(query, num_groups)
+    return query if shift is None else query - shift
+
+
 def mixture_weights(scores: Tensor, valid: Tensor, weighting: str, temperature: float) -> Tensor:
     """Weights of the picked entries, fp32, summing to 1 over the valid picks of a row (0 where there is
     none).
@@ -53,10 +60,12 @@ def key_search(
     weighting: str = "softmax",
     temperature: float = 1.0,
     min_similarity: float | None = None,
+    num_groups: int | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find the `top_k` keys with the highest score for every query, and their mixture weights.
 
-        score[b, p] = <query[b], keys[p]> + bias[p]
+        score[b, p] = <phi(query[b]), keys[p]> + bias[p],   phi: see `transform_query`
 
     Ties break by the lower index. Masked entries are never picked. Picks that do not exist (fewer than
     `top_k` allowed entries) have index 0, weight 0 and score -inf. A row whose best score is below
@@ -67,7 +76,7 @@ def key_search(
     Returns indices [B, top_k] int32, weights [B, top_k] fp32, scores [B, top_k] fp32.  Source: SLM (ICLR
     2024), DTKR.
     """
-    scores = query.float() @ keys.float().T
+    scores = transform_query(query.float(), num_groups, shift) @ keys.float().T
     if bias is not None:
         scores = scores + bias
     if mask is not None:
@@ -104,8 +113,9 @@ def mixture(
     indices: Tensor,
     weights: Tensor,
     cu_seqlens: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
-    """Return `y` plus every row's retrieved low-rank update; differentiable in y, x, A, B and weights.
+    """Return `y` plus every row's retrieved low-rank update; differentiable in y, x, A, B, weights and u.
 
         out[t] = y[t] + sum_k weights[b, k] * scaling[i] * B[i]^T (A[i] x[t]),   i = indices[b, k], b = row of
         token t
@@ -117,23 +127,66 @@ def mixture(
     start, rank: [P] int32.  scaling: [P] fp32.  indices: [rows, K] int32.  weights: [rows, K] fp32.
     cu_seqlens: [rows + 1] int32, the tokens of row b are cu_seqlens[b] : cu_seqlens[b + 1]; None shares T
         equally.
+    u: [T, K * max_rank], the products A x, column k * max_rank + j for row j of pick k; x is not read then.
     Source: SLM (ICLR 2024), JARe.
     """
     bounds = segment_bounds(x.shape[0], indices.shape[0], cu_seqlens)
     starts, ranks, picks = start.tolist(), rank.tolist(), indices.tolist()
-    active = (weights != 0).tolist()
-    out = []
+    active, compute = (weights != 0).tolist(), torch.promote_types(x.dtype, torch.float32)
+    out, done = [], 0
     for b, row_picks in enumerate(picks):
         segment = slice(bounds[b], bounds[b + 1])
         used = [(k, i) for k, i in enumerate(row_picks) if active[b][k]]
         if not used:
-            out.append(y[segment])
             continue
         rows = torch.cat([torch.arange(starts[i], starts[i] + ranks[i], device=A.device) for _, i in used])
         per_rank = torch.cat([(weights[b, k] * scaling[i]).expand(ranks[i]) for k, i in used])
-        u = x[segment].float() @ A[rows].float().T * per_rank
-        out.append((y[segment].float() + u @ B[rows].float()).to(y.dtype))
-    return torch.cat(out) if out else y
+        if u is None:
+            products = x[segment].to(compute) @ A[rows].to(compute).T
+        else:
+            max_rank = u.shape[-1] // indices.shape[1]
+            products = torch.cat([u[segment, k * max_rank :][:, : ranks[i]] for k, i in used], -1)
+        update = products * per_rank @ B[rows].to(compute)
+        out += [y[done : segment.start], (y[segment].to(compute) + update).to(y.dtype)]
+        done = segment.stop
+    return torch.cat([*out, y[done:]]) if out else y
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    row_entry: Tensor,
+    scaling: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None = None,
+    u: Tensor | None = None,
+) -> Tensor:
+    """A linear and the mixture of all entries of a small pool, the routing given as a dense matrix.
+
+        y[t] = W x[t] + bias + sum_c weights[b, e] * scaling[e] * B[c] <A[c], x[t]>,  e = row_entry[c], b =
+        row of token t
+
+    Args: x: [T, in_features].  weight: [out_features, in_features].  bias: [out_features] or None.
+    A: [total_rank, in_features], B: [total_rank, out_features].  row_entry: [total_rank] int32, the entry
+    that owns a slab row, -1 for none.  scaling: [P] fp32.  weights: [rows, P] fp32.  u: [T, total_rank], A x.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    y = F.linear(x, weight, bias)
+    owned = row_entry >= 0
+    coefficient = (weights * scaling)[:, row_entry.clamp(min=0).long()] * owned if len(scaling) else 0.0
+    products = x.to(compute) @ A.to(compute).T if u is None else u
+    bounds = segment_bounds(x.shape[0], weights.shape[0], cu_seqlens)
+    out, done = [], 0
+    for b, active in enumerate((weights != 0).any(-1).tolist()):
+        if active:
+            segment = slice(bounds[b], bounds[b + 1])
+            update = products[segment] * coefficient[b] @ B.to(compute)
+            out += [y[done : segment.start], (y[segment].to(compute) + update).to(y.dtype)]
+            done = segment.stop
+    return torch.cat([*out, y[done:]]) if out else y
 
 
 def key_learning_loss(
@@ -182,6 +235,7 @@ def mixture_backward(
     weights: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
+    u: Tensor | None = None,
     owned: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `mixture` at `dy` for x, the slab rows owned[0]:owned[1] of A and B, and weights.
@@ -189,30 +243,140 @@ def mixture_backward(
         dx = A[i]^T c g,  dA[i] = c g x^T,  dB[i] = c (A[i] x) dy^T,  dweights[b, k] = scaling[i] <A[i] x, g>
         with g = B[i] dy,  c = weights[b, k] * scaling[i];  dweights is 0 where the weight is 0
 
-    Returns dx [T, in_features] in x's dtype, and dA, dB, dweights in fp32.
+    Returns dx [T, in_features] in x's dtype, and dA, dB, dweights in fp32. With a given u, the first is du =
+    c g [T, K * max_rank] fp32 instead, and dA is 0.
     """
     bounds = segment_bounds(x.shape[0], indices.shape[0], cu_seqlens)
     starts, ranks, picks = start.tolist(), rank.tolist(), indices.tolist()
     active = (weights != 0).tolist()
-    dx = torch.zeros_like(x)
+    dx = torch.zeros_like(x if u is None else u)
     dA = torch.zeros(owned[1] - owned[0], A.shape[1], dtype=torch.float32, device=A.device)
     dB = torch.zeros(owned[1] - owned[0], B.shape[1], dtype=torch.float32, device=B.device)
     dweights = torch.zeros_like(weights, dtype=torch.float32)
     for b, row_picks in enumerate(picks):
-        xs, dys = x[bounds[b] : bounds[b + 1]].float(), dy[bounds[b] : bounds[b + 1]].float()
+        segment = slice(bounds[b], bounds[b + 1])
+        xs, dys = x[segment].float(), dy[segment].float()
         update = torch.zeros_like(xs)
         for k, i in enumerate(row_picks):
             if not active[b][k]:
                 continue
             first, last = starts[i], starts[i] + ranks[i]
             a, c = A[first:last].float(), weights[b, k] * scaling[i]
-            u, g = xs @ a.T, dys @ B[first:last].float().T
-            update += (g * c) @ a
-            dweights[b, k] = scaling[i] * (u * g).sum()
+            g = dys @ B[first:last].float().T
+            if u is None:
+                products = xs @ a.T
+                update += (g * c) @ a
+            else:
+                column = k * (u.shape[1] // indices.shape[1])
+                products = u[segment, column : column + ranks[i]]
+                dx[segment, column : column + ranks[i]] = g * c
+            dweights[b, k] = scaling[i] * (products * g).sum()
             lo, hi = max(first, owned[0]), min(last, owned[1])
             if lo < hi:
                 mine = slice(lo - first, hi - first)
-                dA[lo - owned[0] : hi - owned[0]] += (g[:, mine] * c).T @ xs
-                dB[lo - owned[0] : hi - owned[0]] += (u[:, mine] * c).T @ dys
-        dx[bounds[b] : bounds[b + 1]] = update.to(x.dtype)
+                dB[lo - owned[0] : hi - owned[0]] += (products[:, mine] * c).T @ dys
+                if u is None:
+                    dA[lo - owned[0] : hi - owned[0]] += (g[:, mine] * c).T @ xs
+        if u is None:
+            dx[segment] = update.to(x.dtype)
     return dx, dA, dB, dweights
+
+
+def fused_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    row_entry: Tensor,
+    scaling: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None = None,
+    u: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `fused_linear` at `dy` for x, all of A and B, weights (0 where the weight is 0) and u.
+
+        du = c g,  dx = dy W + du A,  dA = du^T x,  dB = (c u)^T dy,  dweights[b, e] = scaling[e] <u, g>
+        with g = dy B^T,  c[t, j] = weights[b, row_entry[j]] * scaling[row_entry[j]]
+
+    dx in x's dtype, the others in fp32. With a given u, dx is dy W and dA is 0.
+    """
+    num_rows, num_entries = weights.shape
+    bounds = torch.tensor(segment_bounds(x.shape[0], num_rows, cu_seqlens), device=x.device)
+    row = torch.repeat_interleave(torch.arange(num_rows, device=x.device), bounds.diff())
+    entries = torch.arange(num_entries, dtype=row_entry.dtype, device=x.device)
+    of_entry = (row_entry[:, None] == entries).float() * scaling  # [total_rank, P]
+    c = (weights @ of_entry.T)[row]
+    xs, dys, a = x.float(), dy.float(), A.float()
+    products = xs @ a.T if u is None else u
+    g = dys @ B.float().T
+    du = c * g
+    dx = dys @ weight.float()
+    if u is None:
+        dx += du @ a
+    dA = du.T @ xs if u is None else torch.zeros_like(a)
+    per_row = (
+        torch.stack([part.sum(0) for part in (products * g).split(bounds.diff().tolist())]) if len(row) else 0
+    )
+    dweights = torch.where(weights == 0, 0.0, per_row @ of_entry if len(row) else weights.new_zeros(()))
+    return dx.to(x.dtype), dA, (c * products).T @ dys, dweights, du
+
+
+def rank_space(h: Tensor, A: Tensor, routing: tuple | None, max_rank: int, resident: bool) -> Tensor:
+    """u[t, c] = <A[slab row of c], h[t]>: [T, C] fp32 (fp64 of fp64), unweighted; differentiable in h and A.
+
+    Column c is slab row c if `resident`, else c = pick * max_rank + offset is row start[i] + offset, i =
+    indices[b, pick]. Columns beyond an entry's rank or of a pick without weight, and tokens outside all
+    rows, are 0.
+    """
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    h, A = h.to(dtype), A.to(dtype)
+    if resident:
+        return h @ A.T
+    start, rank, _, indices, weights, cu_seqlens = routing
+    num_rows, top_k = indices.shape
+    bounds = segment_bounds(h.shape[0], num_rows, cu_seqlens)
+    starts, ranks, picks, active = start.tolist(), rank.tolist(), indices.tolist(), (weights != 0).tolist()
+    u = h.new_zeros(h.shape[0], top_k * max_rank)
+    for b in range(num_rows):
+        for k, i in enumerate(picks[b]):
+            if active[b][k]:
+                rows = slice(starts[i], starts[i] + ranks[i])
+                columns = slice(k * max_rank, k * max_rank + ranks[i])
+                segment = slice(bounds[b], bounds[b + 1])
+                u[segment, columns] = h[segment] @ A[rows].T
+    return u
+
+
+def norm_shrink(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    A: list[Tensor],
+    routing: tuple | None,
+    *,
+    max_rank: int,
+    resident: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm, and the rank-space vectors of the linears that read it: (h [T, in], u [linears, T, C]).
+
+        h[t] = weight * (x[t] * rsqrt(mean(x[t]^2) + eps)).to(x.dtype);  u[l] = rank_space(h, A[l])
+
+    Args: x: [T, in].  weight: [in].  A: slabs [total_rank, in].  routing: (start, rank, scaling, indices,
+    weights, cu_seqlens) as in `mixture`, None if `resident`.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    h = weight * wide.to(x.dtype)
+    return h, torch.stack([rank_space(h, slab, routing, max_rank, resident) for slab in A])
+
+
+def silu_mul_shrink(
+    gate: Tensor, up: Tensor, A: Tensor, routing: tuple | None, *, max_rank: int, resident: bool = False
+) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up, and the rank-space vector of the linear that reads it: (h [T, in], u [T, C]).
+
+    Args: gate, up: [T, in].  A: [total_rank, in].  routing: as in `norm_shrink`.
+    """
+    h = F.silu(gate) * up
+    return h, rank_space(h, A, routing, max_rank, resident)

@@ -40,6 +40,12 @@ class Routing(NamedTuple):
     def num_rows(self) -> int:
         return self.indices.shape[0]
 
+    def dense(self, num_entries: int) -> Tensor:
+        """The weights as a matrix over all slots: [B, num_entries] fp32, what `ops.fused_linear` takes."""
+        slots = torch.arange(num_entries, dtype=self.indices.dtype, device=self.indices.device)
+        picked = self.indices[:, :, None] == slots
+        return torch.where(picked, self.weights[:, :, None], 0.0).sum(1)
+
     def to(self, device) -> "Routing":
         return Routing(*(t.to(device) for t in self))
 

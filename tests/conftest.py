@@ -1,16 +1,23 @@
 import os
 from pathlib import Path
 
-import pytest
 import torch
-import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-from slm_fast import SLMConfig, get_slm_model
-from slm_fast.loading import packaged_model
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():  # the kernels run interpreted; decided before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
+
+from slm_fast import SLMConfig, get_slm_model  # noqa: E402
+from slm_fast.loading import packaged_model  # noqa: E402
+
+# Where the kernels' tests run, and in which dtypes: the interpreter has no bf16 products.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 DIM = 24  # query size of the small models' precomputed embeddings
 

@@ -37,7 +37,7 @@ def test_environment_and_argument(monkeypatch):
 def test_unknown_backend_names_the_known(monkeypatch, where):
     if where == "environment":
         monkeypatch.setenv("SLM_FAST_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="unknown backend 'tpu'; known: cpu, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'tpu'; known: cpu, gpu, reference"):
         dispatch.select(torch.empty(1), "tpu" if where == "argument" else None)
 
 

@@ -1,0 +1,353 @@
+"""A frozen linear and the mixture of a resident pool in one kernel, forward and backward.
+
+    y[t] = W x[t] + bias + sum_c w[b, entry(c)] * scaling[entry(c)] * B[c] <A[c], x[t]>,   b = row of token t
+
+over all R slab rows c of the pool; the routing is the dense matrix w [rows, entries], so between two steps
+only its numbers change. Symbols: T tokens, R slab rows, s bytes of an element.
+
+Grid: (T / BLOCK_M) x (out / BLOCK_N) programs, grouped so that neighbours share tiles in L2. The update has
+its own accumulator (two dots chained into one are wrong on some sm_103 compilers, and a token without weights
+must get exactly what the linear alone computes).
+
+The rank-space vector u = A x comes from one of three places:
+ * `norm_shrink` or `silu_mul_shrink` made it with x. Bytes added to the linear: R out s + 4 T R.
+ * inline: a second accumulator over the x tiles that the linear loads anyway. One launch, but every block of
+   outputs reads all of A from L2: L2 bytes grow by R / BLOCK_N of the weight's. For few slab rows.
+ * its own small launch. On sm_90 and later the linear starts at once (programmatic dependent launch), streams
+   its weights while the shrink runs on the idle multiprocessors, and waits for u only before its epilogue.
+
+LLaMA-2-7B's o_proj (4096 x 4096, bf16, H100, 3.35 TB/s): weight 33.6 MB = 10.0 us. R = 96 (12 entries, r=8):
+A and B 1.6 MB, u 25 KB at 64 rows: +4.8% bytes, 0.5 us, of which the half that is A moves beside the weights.
+What is left is the epilogue (B, u: 0.25 us) and the gap between two dependent launches (0.3-0.8 us, to be
+measured): expected 6-10% with its own launch, 3% behind `norm_shrink`. Inline at R = 96 moves 33.6 * 96 / 64
+= 50 MB more through L2 (5.5 TB/s: 9 us) and loses; at R = 16 it moves 8 MB, hidden behind 10 us of weights.
+
+Prefill and training: 2 T in out operations, + 2 T R (in + out): R = 96 is 4.7% more, half of it in the
+shrink (memory-bound: x once more, from L2). The dx of training is the same kernel with W transposed and A, B
+swapped.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from slm_fast.kernels.mixture import (
+    ROUTING,
+    SIZES,
+    dot_precision,
+    factor_grads,
+    row_products,
+    shrink,
+)
+from slm_fast.kernels.rank_space import mixed_dot, rows_of_tokens, weighted
+
+steady = {
+    "do_not_specialize": [*SIZES, "search_steps"],
+    "do_not_specialize_on_alignment": [*ROUTING, "row_entry_ptr"],
+}
+
+
+@triton.jit
+def resident_coefficients(columns, rows, num_columns, num_entries, row_entry_ptr, scaling_ptr, weights_ptr):
+    """weights[row, entry of column] * scaling: [tokens, columns] fp32, 0 for columns that no entry owns."""
+    entry = tl.load(row_entry_ptr + columns, mask=columns < num_columns, other=-1)
+    owned = (entry >= 0) & (entry < num_entries)
+    scaling = tl.load(scaling_ptr + entry, mask=owned, other=0.0)
+    weight = tl.load(
+        weights_ptr + rows[:, None] * num_entries + entry[None, :],
+        mask=owned[None, :] & (rows >= 0)[:, None],
+        other=0.0,
+    )
+    return tl.where(weight == 0, 0.0, weight * scaling[None, :])
+
+
+@triton.jit(**steady)
+def _fused_linear_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    u_ptr,
+    A_ptr,
+    B_ptr,
+    row_entry_ptr,
+    scaling_ptr,
+    weights_ptr,
+    cu_seqlens_ptr,
+    num_tokens,
+    num_rows,
+    search_steps,
+    tokens_per_row,
+    num_entries,
+    num_columns,
+    in_features,
+    out_features,
+    num_splits,
+    stride_us,
+    stride_ut,
+    HAS_BIAS: tl.constexpr,
+    INLINE: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    WEIGHT_IS_KN: tl.constexpr,
+    TMA: tl.constexpr,
+    CHAIN: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    program = tl.program_id(0)
+    group = program // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    tile_m, tile_n = group * GROUP_M + within % group_rows, within // group_rows
+    tokens = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_x, in_y = tokens < num_tokens, n < out_features
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if INLINE:
+        inline_u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        c = tl.arange(0, BLOCK_C)
+    for k0 in range(0, in_features, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        if TMA:  # x_ptr and weight_ptr are tensor descriptors; tiles past an edge are filled with zeros
+            x = x_ptr.load([tile_m * BLOCK_M, k0])
+            if WEIGHT_IS_KN:
+                w = weight_ptr.load([k0, tile_n * BLOCK_N])
+            else:
+                w = weight_ptr.load([tile_n * BLOCK_N, k0]).T
+        else:
+            x = tl.load(
+                x_ptr + tokens[:, None] * in_features + k[None, :],
+                mask=in_x[:, None] & (k < in_features)[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_K]
+            if WEIGHT_IS_KN:
+                w_block = weight_ptr + k[:, None].to(tl.int64) * out_features + n[None, :]
+            else:
+                w_block = weight_ptr + n[None, :] * in_features + k[:, None]
+            w = tl.load(
+                w_block, mask=in_y[None, :] & (k < in_features)[:, None], other=0.0
+            )  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if INLINE:
+            a = tl.load(
+                A_ptr + c[None, :].to(tl.int64) * in_features + k[:, None],
+                mask=(c < num_columns)[None, :] & (k < in_features)[:, None],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_C]
+            inline_u = mixed_dot(x, a, inline_u, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=in_y, other=0.0).to(tl.float32)[None, :]
+
+    rows = rows_of_tokens(tokens, cu_seqlens_ptr, num_rows, search_steps, tokens_per_row, VARLEN)
+    rows = tl.where(in_x, rows, -1)
+    if CHAIN:
+        update = acc
+    else:
+        update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    active = tl.zeros([BLOCK_M], tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for c0 in range(0, num_columns, BLOCK_C):
+        columns = c0 + tl.arange(0, BLOCK_C)
+        coefficient = resident_coefficients(
+            columns, rows, num_columns, num_entries, row_entry_ptr, scaling_ptr, weights_ptr
+        )
+        active = tl.maximum(active, tl.max((coefficient != 0).to(tl.int32), 1))
+        if INLINE:
+            u = inline_u
+        else:
+            u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+            for split in range(num_splits):
+                u += tl.load(
+                    u_ptr + split * stride_us + tokens[:, None] * stride_ut + columns[None, :],
+                    mask=in_x[:, None] & (columns < num_columns)[None, :],
+                    other=0.0,
+                )
+        b = tl.load(
+            B_ptr + columns[:, None].to(tl.int64) * out_features + n[None, :],
+            mask=(columns < num_columns)[:, None] & in_y[None, :],
+            other=0.0,
+        )  # [BLOCK_C, BLOCK_N]
+        update = mixed_dot(weighted(u, coefficient), b.to(tl.float32), update, PRECISION)
+    if CHAIN:
+        y = update
+    else:
+        y = tl.where((active > 0)[:, None], acc + update, acc)
+    tl.store(
+        y_ptr + tokens[:, None] * out_features + n[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=in_x[:, None] & in_y[None, :],
+    )
+
+
+@triton.jit(**steady)
+def _fused_linear_coefficients_bwd_kernel(
+    u_ptr,
+    g_ptr,
+    owned_u_ptr,
+    owned_g_ptr,
+    row_entry_ptr,
+    scaling_ptr,
+    weights_ptr,
+    cu_seqlens_ptr,
+    num_tokens,
+    num_rows,
+    search_steps,
+    tokens_per_row,
+    num_entries,
+    num_columns,
+    owned_begin,
+    num_owned,
+    VARLEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """owned[t, j] = weight * scaling * column owned_begin + j, for u and for g."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    owned = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_x = tokens < num_tokens
+    rows = rows_of_tokens(tokens, cu_seqlens_ptr, num_rows, search_steps, tokens_per_row, VARLEN)
+    rows = tl.where(in_x, rows, -1)
+    columns = owned_begin + owned
+    coefficient = resident_coefficients(
+        columns, rows, owned_begin + num_owned, num_entries, row_entry_ptr, scaling_ptr, weights_ptr
+    )
+    mask = in_x[:, None] & (owned < num_owned)[None, :]
+    at = tokens[:, None] * num_columns + columns[None, :]
+    to = tokens[:, None] * num_owned + owned[None, :]
+    tl.store(owned_u_ptr + to, weighted(tl.load(u_ptr + at, mask=mask, other=0.0), coefficient), mask=mask)
+    tl.store(owned_g_ptr + to, weighted(tl.load(g_ptr + at, mask=mask, other=0.0), coefficient), mask=mask)
+
+
+def _rows(num_tokens, num_rows, cu_seqlens):
+    """The launch arguments of `rows_of_tokens`."""
+    return {
+        "num_rows": num_rows,
+        "search_steps": num_rows.bit_length(),
+        "tokens_per_row": num_tokens // max(num_rows, 1),
+        "VARLEN": cu_seqlens is not None,
+    }
+
+
+def _fused_linear(x, weight, bias, u, A, B, routing, *, tiles, inline, pdl, transposed=False):
+    row_entry, scaling, weights, cu_seqlens = routing
+    num_tokens, in_features = x.shape
+    out_features, num_columns = B.shape[1], B.shape[0]
+    y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
+    num_programs = triton.cdiv(num_tokens, tiles["BLOCK_M"]) * triton.cdiv(out_features, tiles["BLOCK_N"])
+    tma = tiles["TMA"] and not any(
+        t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, weight)
+    )
+    tiles = tiles | {"TMA": tma}
+    x_arg, weight_arg = x, weight
+    if tma and num_programs:
+        n, k = tiles["BLOCK_N"], tiles["BLOCK_K"]
+        x_arg = TensorDescriptor.from_tensor(x, [tiles["BLOCK_M"], k])
+        weight_arg = TensorDescriptor.from_tensor(weight, [k, n] if transposed else [n, k])
+    if num_programs:
+        _fused_linear_fwd_kernel[(num_programs,)](
+            x_ptr=x_arg,
+            weight_ptr=weight_arg,
+            bias_ptr=bias,
+            y_ptr=y,
+            u_ptr=u,
+            A_ptr=A,
+            B_ptr=B,
+            row_entry_ptr=row_entry,
+            scaling_ptr=scaling,
+            weights_ptr=weights,
+            cu_seqlens_ptr=cu_seqlens,
+            num_tokens=num_tokens,
+            num_entries=weights.shape[1],
+            num_columns=num_columns,
+            in_features=in_features,
+            out_features=out_features,
+            num_splits=0 if inline else u.shape[0],
+            stride_us=num_tokens * num_columns,
+            stride_ut=num_columns,
+            HAS_BIAS=bias is not None,
+            INLINE=inline,
+            PRECISION=dot_precision(x),
+            PDL=pdl,
+            WEIGHT_IS_KN=transposed,
+            **_rows(num_tokens, weights.shape[0], cu_seqlens),
+            **tiles,
+            **({"launch_pdl": True} if pdl else {}),
+        )
+    return y
+
+
+def fused_linear_fwd(x, weight, bias, A, B, routing, *, plan, u=None, save_u=False):
+    """(y [T, out], unweighted u [T, R] if `save_u`).  routing: (row_entry, scaling, weights, cu_seqlens).
+
+    u: [splits, T, R] made with x by `norm_shrink` or `silu_mul_shrink`.
+    """
+    tiles = plan["linear"]
+    inline = plan["kernel"] == "inline" and u is None and not save_u and A.shape[0] <= tiles["BLOCK_C"]
+    pdl = plan["pdl"] and not inline and u is None
+    if not inline and u is None:
+        splits = 1 if save_u else plan["splits"]
+        u = shrink(
+            x, A, None, num_columns=A.shape[0], max_rank=1, tiles=plan["shrink"], splits=splits, pdl=pdl
+        )
+    y = _fused_linear(x, weight, bias, u, A, B, routing, tiles=tiles, inline=inline, pdl=pdl)
+    return y, (u[0] if u.shape[0] == 1 else u.sum(0)) if save_u else None
+
+
+def fused_linear_bwd(dy, x, u, weight, A, B, routing, *, plan, owned, needs):
+    """(dx, dA, dB, dweights, g = B dy) at dy [T, out]; dA and dB: the slab rows `owned`.
+
+    The first four are None unless `needs` asks. dx includes the frozen linear's dy W. dweights is 0 where
+    the weight is 0, as in `mixture`.
+    """
+    row_entry, scaling, weights, cu_seqlens = routing
+    num_rows, num_entries = weights.shape
+    num_tokens, num_columns = u.shape
+    num_owned = owned[1] - owned[0]
+    needs_x, needs_A, needs_B, needs_weights = needs
+    dx = dA = dB = dweights = None
+    g = shrink(dy, B, None, num_columns=num_columns, max_rank=1, tiles=plan["shrink"], pdl=plan["pdl"])
+    if needs_x:
+        settings = {"tiles": plan["linear"], "inline": False, "pdl": plan["pdl"], "transposed": True}
+        dx = _fused_linear(dy, weight, None, g, B, A, routing, **settings)
+    g = g[0]
+    if needs_A or needs_B:
+        owned_u, owned_g = torch.empty(2, num_tokens, num_owned, dtype=torch.float32, device=x.device)
+        tiles = plan["coefficients"]
+        if num_tokens and num_owned:
+            _fused_linear_coefficients_bwd_kernel[
+                (triton.cdiv(num_tokens, tiles["BLOCK_T"]), triton.cdiv(num_owned, tiles["BLOCK_C"]))
+            ](
+                u,
+                g,
+                owned_u,
+                owned_g,
+                row_entry,
+                scaling,
+                weights,
+                cu_seqlens,
+                num_tokens=num_tokens,
+                num_entries=num_entries,
+                num_columns=num_columns,
+                owned_begin=owned[0],
+                num_owned=num_owned,
+                **_rows(num_tokens, num_rows, cu_seqlens),
+                **tiles,
+            )
+        splits = plan["splits"]
+        dA = factor_grads(owned_g, x, tiles=plan["factors"], splits=splits) if needs_A else None
+        dB = factor_grads(owned_u, dy, tiles=plan["factors"], splits=splits) if needs_B else None
+    if needs_weights:
+        products = row_products(u, g, num_rows, cu_seqlens, tiles=plan["weights"])
+        entries = torch.arange(num_entries, dtype=row_entry.dtype, device=x.device)
+        of_entry = (row_entry[:num_columns, None] == entries).float() * scaling  # [R, entries]
+        dweights = torch.where(weights == 0, 0.0, products @ of_entry)
+    return dx, dA, dB, dweights, g

@@ -1,0 +1,230 @@
+"""What an op does once its backend is chosen: forward, backward, and the autograd functions that join them.
+
+`ops` checks the arguments and comes here; `compiled` registers the same functions for `torch.compile`.
+A routing is a tuple: (start, rank, scaling, indices, weights, cu_seqlens) where entries are gathered,
+(row_entry, scaling, weights, cu_seqlens) where the whole pool takes part.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slm_fast import dispatch, reference
+
+Grads = tuple[Tensor | None, ...]
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def rows_of_tokens(num_tokens: int, num_rows: int, cu_seqlens: Tensor | None, device) -> Tensor:
+    """The row of each token, [num_tokens] int64, made on the device."""
+    tokens = torch.arange(num_tokens, device=device)
+    if cu_seqlens is None:
+        return tokens // max(num_tokens // max(num_rows, 1), 1)
+    return (torch.searchsorted(cu_seqlens, tokens, right=True) - 1).clamp(0, max(num_rows - 1, 0))
+
+
+# ---- mixture
+
+
+def mixture_forward(
+    backend: str,
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    routing: tuple,
+    max_rank: int,
+    u: Tensor | None = None,
+    save_u: bool = False,
+) -> Tensor | None:
+    """Add the mixture to `y` in place; what the backward needs as `u` if `save_u` (None on `reference`)."""
+    num_tokens = x.shape[:-1].numel()
+    flat_x, flat_y = x.reshape(num_tokens, A.shape[1]), y.reshape(num_tokens, B.shape[1])
+    if backend == "reference" or (u is not None and backend == "cpu"):
+        check_indices(routing)
+        given = None if u is None else u.sum(0)
+        y.copy_(reference.mixture(flat_y, flat_x, A, B, *routing, u=given).view(y.shape))
+        return given
+    out, flat_x, A, B, *routing = contiguous(flat_y, flat_x, A, B, *routing)
+    if backend == "cpu":
+        num_columns = routing[3].shape[1] * max_rank
+        saved = torch.empty(num_tokens, num_columns) if save_u else None
+        dispatch.mixture_forward_cpu(out, flat_x, num_tokens, A, B, *routing, saved)
+    else:
+        saved = dispatch.mixture_forward_gpu(out, flat_x, A, B, tuple(routing), max_rank, u, save_u)
+    if out.data_ptr() != y.data_ptr():
+        y.copy_(out.view(y.shape))
+    return saved
+
+
+def check_indices(routing: tuple) -> None:
+    start, _, _, indices, weights, _ = routing
+    num_entries = start.shape[0]
+    outside = (indices < 0) | (indices >= max(num_entries, 1))
+    if outside.any() or (num_entries == 0 and weights.any()):
+        raise ValueError(f"indices must lie in 0..{num_entries - 1}, got {indices.tolist()}")
+
+
+def mixture_backward(
+    backend: str,
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    routing: tuple,
+    max_rank: int,
+    owned: tuple[int, int],
+    needs: tuple[bool, bool, bool, bool, bool],
+    given_u: bool = False,
+) -> Grads:
+    """(dx, dA, dB, dweights, du) at dy, None unless `needs` asks; dA and dB are the owned rows, in fp32."""
+    num_tokens = x.shape[:-1].numel()
+    dy, x = dy.reshape(num_tokens, B.shape[1]), x.reshape(num_tokens, A.shape[1])
+    if backend == "reference" or (given_u and backend == "cpu"):
+        given = u if given_u else None
+        dx, *grads = reference.mixture_backward(dy, x, A, B, *routing, u=given, owned=owned)
+        return (None, *grads, dx) if given_u else (dx, *grads, None)
+    dy, x, A, B, *routing = contiguous(dy, x, A, B, *routing)
+    if backend == "cpu":
+        return (*dispatch.mixture_backward_cpu(dy, x, u, A, B, *routing, owned, needs[:4]), None)
+    *grads, g = dispatch.mixture_backward_gpu(dy, x, u, A, B, tuple(routing), max_rank, owned, needs[:4])
+    if not needs[4]:
+        return (*grads, None)
+    start, _, scaling, indices, weights, cu_seqlens = routing
+    entry = indices.long().clamp(0, max(start.shape[0] - 1, 0))
+    per_pick = weights * scaling[entry] if start.shape[0] else torch.zeros_like(weights)
+    row = rows_of_tokens(num_tokens, indices.shape[0], cu_seqlens, x.device)
+    du = g.view(num_tokens, indices.shape[1], max_rank) * per_pick[row][:, :, None]
+    return (*grads, du.view(g.shape))
+
+
+class MixtureFunction(torch.autograd.Function):
+    """`ops.mixture` for training: keeps x and the unweighted rank-space vectors u."""
+
+    @staticmethod
+    def forward(ctx, y, x, weights, A_owned, B_owned, u, A, B, routing, max_rank, owned, backend):
+        start, rank, scaling, indices, cu_seqlens = routing
+        routing = (start, rank, scaling, indices, weights, cu_seqlens)
+        saved = mixture_forward(backend, y, x, A, B, routing, max_rank, u, save_u=True)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, saved, A, B, *routing)
+        ctx.settings = (max_rank, owned, backend, None if u is None else u.shape)
+        ctx.grad_dtypes = tuple(None if p is None else p.dtype for p in (A_owned, B_owned))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, saved, A, B, *routing = ctx.saved_tensors
+        max_rank, owned, backend, u_shape = ctx.settings
+        needs_y, needs_x, needs_w, needs_A, needs_B, needs_u = ctx.needs_input_grad[:6]
+        needs = (needs_x and u_shape is None, needs_A and u_shape is None, needs_B, needs_w, needs_u)
+        dx, dA, dB, dweights, du = mixture_backward(
+            backend, dy, x, saved, A, B, tuple(routing), max_rank, owned, needs, u_shape is not None
+        )
+        return (
+            dy if needs_y else None,
+            dx.view_as(x) if needs[0] else None,
+            dweights if needs_w else None,
+            dA.to(ctx.grad_dtypes[0]) if needs[1] else None,
+            dB.to(ctx.grad_dtypes[1]) if needs_B else None,
+            du.expand(u_shape) if needs_u else None,
+            *(None,) * 6,
+        )
+
+
+# ---- fused linear
+
+
+def fused_linear_forward(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    routing: tuple,
+    u: Tensor | None,
+    save_u: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(y [T, out_features], what the backward needs as `u` if `save_u`)."""
+    if backend == "gpu":
+        x, weight, A, B, *routing = contiguous(x, weight, A, B, *routing)
+        return dispatch.fused_linear_forward_gpu(x, weight, bias, A, B, tuple(routing), u, save_u)
+    given = None if u is None else u.sum(0)
+    return reference.fused_linear(x, weight, bias, A, B, *routing, u=given), given
+
+
+def fused_linear_backward(
+    backend: str,
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor | None,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    routing: tuple,
+    owned: tuple[int, int],
+    needs: tuple[bool, bool, bool, bool, bool],
+    given_u: bool,
+) -> Grads:
+    """(dx, dA, dB, dweights, du) at dy [T, out]; with a given u, dx is the frozen linear's and dA is None."""
+    needs_x, needs_A, needs_B, needs_w, needs_u = needs
+    if backend != "gpu":
+        given = u if given_u else None
+        dx, dA, dB, *grads = reference.fused_linear_backward(dy, x, weight, A, B, *routing, given)
+        return dx, dA[slice(*owned)], dB[slice(*owned)], *grads
+    dy, x, weight, A, B, *routing = contiguous(dy, x, weight, A, B, *routing)
+    inner = (needs_x and not given_u, needs_A and not given_u, needs_B, needs_w)
+    dx, dA, dB, dweights, g = dispatch.fused_linear_backward_gpu(
+        dy, x, u, weight, A, B, tuple(routing), owned, inner
+    )
+    if given_u and needs_x:
+        dx = dy @ weight
+    if not needs_u:
+        return dx, dA, dB, dweights, None
+    row_entry, scaling, weights, cu_seqlens = routing
+    if len(scaling):
+        of_row = (weights * scaling)[:, row_entry.clamp(min=0).long()] * (row_entry >= 0)
+    else:
+        of_row = weights.new_zeros(weights.shape[0], row_entry.shape[0])
+    row = rows_of_tokens(dy.shape[0], weights.shape[0], cu_seqlens, dy.device)
+    return dx, dA, dB, dweights, g * of_row[row]
+
+
+class FusedLinearFunction(torch.autograd.Function):
+    """`ops.fused_linear` for training; the linear itself is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, weights, A_owned, B_owned, u, weight, bias, A, B, routing, owned, backend):
+        row_entry, scaling, cu_seqlens = routing
+        routing = (row_entry, scaling, weights, cu_seqlens)
+        y, saved = fused_linear_forward(backend, x, weight, bias, A, B, routing, u, save_u=True)
+        ctx.save_for_backward(x, saved, weight, A, B, *routing)
+        ctx.settings = (owned, backend, None if u is None else u.shape)
+        ctx.grad_dtypes = tuple(None if p is None else p.dtype for p in (A_owned, B_owned))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, saved, weight, A, B, *routing = ctx.saved_tensors
+        owned, backend, u_shape = ctx.settings
+        needs_x, needs_w, needs_A, needs_B, needs_u = ctx.needs_input_grad[:5]
+        given_u = u_shape is not None
+        needs = (needs_x, needs_A and not given_u, needs_B, needs_w, needs_u)
+        dx, dA, dB, dweights, du = fused_linear_backward(
+            backend, dy, x, saved, weight, A, B, tuple(routing), owned, needs, given_u
+        )
+        return (
+            dx if needs_x else None,
+            dweights if needs_w else None,
+            dA.to(ctx.grad_dtypes[0]) if needs[1] else None,
+            dB.to(ctx.grad_dtypes[1]) if needs_B else None,
+            du.expand(u_shape) if needs_u else None,
+            *(None,) * 7,
+        )
