@@ -4,7 +4,7 @@ PYTHON ?= $(shell for v in 3.11 3.12 3.13; do \
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint audit clean
 
 .venv/installed: $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "no python 3.11, 3.12 or 3.13 found" >&2; exit 1; }
@@ -23,6 +23,9 @@ lint: .venv/installed
 
 test: lint
 	.venv/bin/pytest -q
+
+audit: .venv/installed
+	env -u TRITON_INTERPRET .venv/bin/python benchmarks/audit.py
 
 clean:
 	rm -rf .venv build dist *.egg-info slm_fast/_C*.so demo_output .pytest_cache .ruff_cache
