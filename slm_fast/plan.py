@@ -4,7 +4,7 @@ A table is a list of rows, the first that fits is taken. A row holds conditions 
 they matter `dtype`, `max_tokens`, `max_columns`, `in_features`, `out_features`) and a `plan`: the kernel's
 name and the keyword arguments of its launches. Columns are the rank columns of a token: top_k * max_rank
 where entries are gathered, the slab rows of a resident pool in `fused_linear`. `tuned` names the card that a
-row was measured on, null where nobody has; `benchmarks/tune.py` rewrites rows on a GPU machine.
+row was measured on, null where nobody has.
 """
 
 import functools
