@@ -32,20 +32,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from slm_fast.kernels.mixture import (
-    ROUTING,
-    SIZES,
-    dot_precision,
-    factor_grads,
-    row_products,
-    shrink,
-)
-from slm_fast.kernels.rank_space import mixed_dot, rows_of_tokens, weighted
-
-steady = {
-    "do_not_specialize": [*SIZES, "search_steps"],
-    "do_not_specialize_on_alignment": [*ROUTING, "row_entry_ptr"],
-}
+from slm_fast.kernels.mixture import dot_precision, factor_grads, row_products, shrink
+from slm_fast.kernels.rank_space import mixed_dot, rows_of_tokens, steady, weighted
 
 
 @triton.jit

@@ -27,26 +27,14 @@ import torch
 import triton
 import triton.language as tl
 
-from slm_fast.kernels.rank_space import gather_columns, mixed_dot, segment_tile, weighted
-
-SIZES = [
-    "num_tokens",
-    "num_rows",
-    "tokens_per_row",
-    "num_entries",
-    "top_k",
-    "max_rank",
-    "num_columns",
-    "num_splits",
-    "blocks_per_split",
-    "stride_us",
-    "stride_ut",
-    "owned_begin",
-    "num_owned",
-]
-ROUTING = ["start_ptr", "rank_ptr", "scaling_ptr", "indices_ptr", "weights_ptr", "cu_seqlens_ptr"]
-# Nothing that varies while serving may cause a new compilation.
-steady = {"do_not_specialize": SIZES, "do_not_specialize_on_alignment": ROUTING}
+from slm_fast.kernels.rank_space import (
+    gather_columns,
+    mixed_dot,
+    rank_columns,
+    segment_tile,
+    steady,
+    weighted,
+)
 
 
 @triton.jit(**steady)
@@ -161,26 +149,27 @@ def _mixture_shrink_kernel(
     if RESIDENT:
         first = tl.program_id(0).to(tl.int64) * BLOCK_T
         end = num_tokens.to(tl.int64)
-        slab_row = columns.to(tl.int64)
-        exists = columns < num_columns
+        row = first * 0
     else:
         row, first, end = segment_tile(
             tl.program_id(0), cu_seqlens_ptr, num_tokens, num_rows, tokens_per_row, BLOCK_T, VARLEN
         )
         if first >= end:
             return
-        slab_row, exists, _ = gather_columns(
-            columns,
-            row,
-            start_ptr,
-            rank_ptr,
-            scaling_ptr,
-            indices_ptr,
-            weights_ptr,
-            num_entries,
-            top_k,
-            max_rank,
-        )
+    slab_row, exists = rank_columns(
+        columns,
+        row,
+        start_ptr,
+        rank_ptr,
+        scaling_ptr,
+        indices_ptr,
+        weights_ptr,
+        num_entries,
+        top_k,
+        max_rank,
+        num_columns,
+        RESIDENT,
+    )
     tokens = first + tl.arange(0, BLOCK_T)
     in_tile = tokens < end
     acc = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
@@ -431,7 +420,38 @@ def num_tiles(num_tokens: int, num_rows: int, cu_seqlens: torch.Tensor | None, b
     return num_rows * triton.cdiv(num_tokens // num_rows, block) if num_rows else 0
 
 
-def _split(size: int, block: int, splits: int) -> tuple[int, int]:
+def routing_arguments(routing, num_tokens, *, max_rank, block, num_columns=None):
+    """(programs along the tokens, the launch arguments that say which tokens and slab rows they read).
+
+    routing: (start, rank, scaling, indices, weights, cu_seqlens), or None for a resident pool: its
+    num_columns are the slab rows, its tiles consecutive tokens.
+    """
+    resident = routing is None
+    start, rank, scaling, indices, weights, cu_seqlens = (None,) * 6 if resident else routing
+    num_rows, top_k = (0, 1) if resident else indices.shape
+    if resident:
+        num_programs = triton.cdiv(num_tokens, block)
+    else:
+        num_programs = num_tiles(num_tokens, num_rows, cu_seqlens, block)
+    return num_programs, {
+        "start_ptr": start,
+        "rank_ptr": rank,
+        "scaling_ptr": scaling,
+        "indices_ptr": indices,
+        "weights_ptr": weights,
+        "cu_seqlens_ptr": cu_seqlens,
+        "num_tokens": num_tokens,
+        "num_rows": num_rows,
+        "tokens_per_row": num_tokens // max(num_rows, 1),
+        "num_entries": 0 if resident else start.shape[0],
+        "top_k": top_k,
+        "max_rank": max_rank,
+        "num_columns": num_columns if resident else top_k * max_rank,
+        "VARLEN": cu_seqlens is not None,
+    }
+
+
+def split_blocks(size: int, block: int, splits: int) -> tuple[int, int]:
     """(blocks per split, splits) that cover `size` in whole blocks, none of them empty."""
     blocks = max(triton.cdiv(size, block), 1)
     per_split = triton.cdiv(blocks, splits)
@@ -443,43 +463,25 @@ def shrink(x, A, routing, *, num_columns, max_rank, tiles, splits=1, pdl=False):
 
     routing: (start, rank, scaling, indices, weights, cu_seqlens), or None: columns are slab rows.
     """
-    resident = routing is None
-    start, rank, scaling, indices, weights, cu_seqlens = (None,) * 6 if resident else routing
     num_tokens, in_features = x.shape
-    num_rows, top_k = (0, 1) if resident else indices.shape
-    num_entries = 0 if resident else start.shape[0]
-    blocks_per_split, splits = _split(in_features, tiles["BLOCK_K"], splits)
+    num_programs, arguments = routing_arguments(
+        routing, num_tokens, max_rank=max_rank, block=tiles["BLOCK_T"], num_columns=num_columns
+    )
+    blocks_per_split, splits = split_blocks(in_features, tiles["BLOCK_K"], splits)
     u = torch.empty(splits, num_tokens, num_columns, dtype=torch.float32, device=x.device)
-    if resident:
-        num_programs = triton.cdiv(num_tokens, tiles["BLOCK_T"])
-    else:
-        num_programs = num_tiles(num_tokens, num_rows, cu_seqlens, tiles["BLOCK_T"])
     if num_programs and num_columns:
         _mixture_shrink_kernel[(num_programs, splits, triton.cdiv(num_columns, tiles["BLOCK_C"]))](
             x_ptr=x,
             u_ptr=u,
             A_ptr=A,
-            start_ptr=start,
-            rank_ptr=rank,
-            scaling_ptr=scaling,
-            indices_ptr=indices,
-            weights_ptr=weights,
-            cu_seqlens_ptr=cu_seqlens,
-            num_tokens=num_tokens,
-            num_rows=num_rows,
-            tokens_per_row=num_tokens // max(num_rows, 1),
-            num_entries=num_entries,
-            top_k=top_k,
-            max_rank=max_rank,
-            num_columns=num_columns,
             in_features=in_features,
             blocks_per_split=blocks_per_split,
             stride_us=num_tokens * num_columns,
             stride_ut=num_columns,
-            RESIDENT=resident,
-            VARLEN=cu_seqlens is not None,
+            RESIDENT=routing is None,
             PRECISION=dot_precision(x),
             PDL=pdl,
+            **arguments,
             **tiles,
             **({"launch_pdl": True} if pdl else {}),
         )
@@ -488,38 +490,25 @@ def shrink(x, A, routing, *, num_columns, max_rank, tiles, splits=1, pdl=False):
 
 def expand(u, y, B, routing, *, max_rank, tiles, accumulate=True, pdl=False):
     """Add (or write, if not `accumulate`) the weighted expansion of u [splits, T, columns] to y [T, out]."""
-    start, rank, scaling, indices, weights, cu_seqlens = routing
     num_splits, num_tokens, num_columns = u.shape
-    num_rows, top_k = indices.shape
     out_features = B.shape[1]
-    num_programs = num_tiles(num_tokens, num_rows, cu_seqlens, tiles["BLOCK_T"])
+    num_programs, arguments = routing_arguments(
+        routing, num_tokens, max_rank=max_rank, block=tiles["BLOCK_T"]
+    )
     if num_programs == 0 or num_columns == 0:
         return
     _mixture_expand_kernel[(num_programs, triton.cdiv(out_features, tiles["BLOCK_N"]))](
         u_ptr=u,
         y_ptr=y,
         B_ptr=B,
-        start_ptr=start,
-        rank_ptr=rank,
-        scaling_ptr=scaling,
-        indices_ptr=indices,
-        weights_ptr=weights,
-        cu_seqlens_ptr=cu_seqlens,
-        num_tokens=num_tokens,
-        num_rows=num_rows,
-        tokens_per_row=num_tokens // max(num_rows, 1),
-        num_entries=start.shape[0],
-        top_k=top_k,
-        max_rank=max_rank,
-        num_columns=num_columns,
         out_features=out_features,
         num_splits=num_splits,
         stride_us=num_tokens * num_columns,
         stride_ut=num_columns,
         ACCUMULATE=accumulate,
-        VARLEN=cu_seqlens is not None,
         PRECISION=dot_precision(y),
         PDL=pdl,
+        **arguments,
         **tiles,
         **({"launch_pdl": True} if pdl else {}),
     )
@@ -529,7 +518,7 @@ def factor_grads(coefficients, x, *, tiles, splits=1):
     """sum over t of coefficients[t]^T x[t]: [num_owned, features] fp32, in an order that never varies."""
     num_tokens, features = x.shape
     num_owned = coefficients.shape[1]
-    blocks_per_split, splits = _split(num_tokens, tiles["BLOCK_T"], splits)
+    blocks_per_split, splits = split_blocks(num_tokens, tiles["BLOCK_T"], splits)
     grad = torch.empty(splits, num_owned, features, dtype=torch.float32, device=x.device)
     if num_owned:
         grid = (triton.cdiv(features, tiles["BLOCK_N"]), triton.cdiv(num_owned, tiles["BLOCK_C"]), splits)
@@ -572,28 +561,19 @@ def mixture_fwd(y, x, A, B, routing, *, max_rank, plan, u=None, save_u=False):
     u: [splits, T, columns] from `norm_shrink` or `silu_mul_shrink` replaces the shrink.
     """
     num_tokens, in_features = x.shape
-    num_rows, top_k = routing[3].shape
-    num_columns = top_k * max_rank
+    num_columns = routing[3].shape[1] * max_rank
     if plan["kernel"] == "one_pass" and u is None and not save_u:
-        tiles, cu_seqlens = plan["one_pass"], routing[5]
-        num_programs = num_tiles(num_tokens, num_rows, cu_seqlens, 1)
+        tiles = plan["one_pass"]
+        num_programs, arguments = routing_arguments(routing, num_tokens, max_rank=max_rank, block=1)
         if num_programs and num_columns:
             _mixture_one_pass_fwd_kernel[(num_programs, triton.cdiv(B.shape[1], tiles["BLOCK_N"]))](
-                x,
-                y,
-                A,
-                B,
-                *routing,
-                num_tokens=num_tokens,
-                num_rows=num_rows,
-                tokens_per_row=num_tokens // max(num_rows, 1),
-                num_entries=routing[0].shape[0],
-                top_k=top_k,
-                max_rank=max_rank,
-                num_columns=num_columns,
+                x_ptr=x,
+                y_ptr=y,
+                A_ptr=A,
+                B_ptr=B,
                 in_features=in_features,
                 out_features=B.shape[1],
-                VARLEN=cu_seqlens is not None,
+                **arguments,
                 **tiles,
             )
         return None
@@ -629,7 +609,9 @@ def mixture_bwd(dy, x, u, A, B, routing, *, max_rank, plan, owned, needs):
     dx = dA = dB = dweights = None
     g = shrink(dy, B, routing, num_columns=num_columns, max_rank=max_rank, tiles=plan["shrink"])
     if needs_x:
-        dx = torch.zeros_like(x)
+        # Every token is written, but for those that cu_seqlens leaves out.
+        whole = cu_seqlens is None and num_columns > 0
+        dx = torch.empty_like(x) if whole else torch.zeros_like(x)
         expand(g, dx, A, routing, max_rank=max_rank, tiles=plan["expand"], accumulate=False)
     g = g[0]
     if (needs_A or needs_B) and num_owned:
@@ -650,29 +632,23 @@ def mixture_bwd(dy, x, u, A, B, routing, *, max_rank, plan, owned, needs):
 
 def owned_coefficients(u, g, routing, *, max_rank, plan, owned, weighted=True):
     """weight * scaling * (u, g) of every token, or (u, g), per owned slab row: two [T, num_owned] fp32."""
-    num_tokens, num_columns = u.shape
-    num_rows, top_k = routing[3].shape
-    num_owned, cu_seqlens, tiles = owned[1] - owned[0], routing[5], plan["coefficients"]
-    owned_u, owned_g = torch.zeros(2, num_tokens, num_owned, dtype=torch.float32, device=u.device)
-    num_programs = num_tiles(num_tokens, num_rows, cu_seqlens, tiles["BLOCK_T"])
+    num_tokens = u.shape[0]
+    num_owned, tiles = owned[1] - owned[0], plan["coefficients"]
+    make = torch.empty if routing[5] is None else torch.zeros  # cu_seqlens may leave tokens out
+    owned_u, owned_g = make(2, num_tokens, num_owned, dtype=torch.float32, device=u.device)
+    num_programs, arguments = routing_arguments(
+        routing, num_tokens, max_rank=max_rank, block=tiles["BLOCK_T"]
+    )
     if num_programs:
         _mixture_coefficients_bwd_kernel[(num_programs, triton.cdiv(num_owned, tiles["BLOCK_C"]))](
-            u,
-            g,
-            owned_u,
-            owned_g,
-            *routing,
-            num_tokens=num_tokens,
-            num_rows=num_rows,
-            tokens_per_row=num_tokens // max(num_rows, 1),
-            num_entries=routing[0].shape[0],
-            top_k=top_k,
-            max_rank=max_rank,
-            num_columns=num_columns,
+            u_ptr=u,
+            g_ptr=g,
+            owned_u_ptr=owned_u,
+            owned_g_ptr=owned_g,
             owned_begin=owned[0],
             num_owned=num_owned,
-            VARLEN=cu_seqlens is not None,
             WEIGHTED=weighted,
+            **arguments,
             **tiles,
         )
     return owned_u, owned_g

@@ -42,117 +42,24 @@ import triton
 import triton.language as tl
 
 from slm_fast.kernels.mixture import (
-    ROUTING,
-    SIZES,
-    _split,
     dot_precision,
     factor_grads,
-    num_tiles,
     owned_coefficients,
+    routing_arguments,
+    split_blocks,
 )
-from slm_fast.kernels.rank_space import gather_columns, mixed_dot, segment_tile, weighted
+from slm_fast.kernels.rank_space import (
+    expand_dot,
+    load_columns,
+    rank_columns,
+    shrink_dot,
+    steady,
+    tile_tokens,
+    weighted,
+)
 
-steady = {"do_not_specialize": SIZES, "do_not_specialize_on_alignment": ROUTING}
 # The backward has one program a tile of tokens; below this many, features are split to fill the machine.
 PROGRAMS = 512
-
-
-@triton.jit
-def tile_tokens(
-    tile,
-    cu_seqlens_ptr,
-    num_tokens,
-    num_rows,
-    tokens_per_row,
-    BLOCK_T: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    VARLEN: tl.constexpr,
-):
-    """(row, first, end, row_begin, row_end) of a tile: tokens first:end are the tile's, BLOCK_T at most, and
-    those in row_begin:row_end belong to the row. Tiles without a row (RESIDENT) take consecutive tokens."""
-    row = tile.to(tl.int64) * 0
-    first = tile.to(tl.int64) * BLOCK_T
-    end = num_tokens.to(tl.int64)
-    row_begin = row
-    row_end = end
-    if not RESIDENT:
-        row, row_first, row_end = segment_tile(
-            tile, cu_seqlens_ptr, num_tokens, num_rows, tokens_per_row, BLOCK_T, VARLEN
-        )
-        if VARLEN:  # the first row's tiles begin at token 0, the last row's end at num_tokens
-            row_begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
-            first = tl.where(row == 0, first, row_first)
-            end = tl.where(row == num_rows - 1, end, row_end)
-        else:
-            first = row_first
-            end = row_end
-    return row, first, end, row_begin, row_end
-
-
-@triton.jit
-def rank_columns(
-    columns,
-    row,
-    start_ptr,
-    rank_ptr,
-    scaling_ptr,
-    indices_ptr,
-    weights_ptr,
-    num_entries,
-    top_k,
-    max_rank,
-    num_columns,
-    RESIDENT: tl.constexpr,
-):
-    """(slab row int64, exists) of rank columns."""
-    if RESIDENT:
-        slab_row = columns.to(tl.int64)
-        exists = columns < num_columns
-    else:
-        slab_row, exists, _ = gather_columns(
-            columns,
-            row,
-            start_ptr,
-            rank_ptr,
-            scaling_ptr,
-            indices_ptr,
-            weights_ptr,
-            num_entries,
-            top_k,
-            max_rank,
-        )
-    return slab_row, exists
-
-
-@triton.jit
-def shrink_dot(h, acc, A_ptr, slab_row, exists, k, in_features, PRECISION: tl.constexpr):
-    """acc + h @ A[slab rows]^T over the features k; h: [BLOCK_T, BLOCK_K], acc: [BLOCK_T, BLOCK_C]."""
-    a = tl.load(
-        A_ptr + slab_row[None, :] * in_features + k[:, None],
-        mask=exists[None, :] & (k < in_features)[:, None],
-        other=0.0,
-    )  # [BLOCK_K, BLOCK_C]
-    if h.shape[0] == 1:
-        return acc + tl.sum(tl.trans(h).to(tl.float32) * a.to(tl.float32), 0)[None, :]
-    return mixed_dot(h, a, acc, PRECISION)
-
-
-@triton.jit
-def load_columns(ptr, LINEAR: tl.constexpr, tokens, in_row, num_tokens, columns, exists, num_columns):
-    """ptr[LINEAR, tokens, columns] of [linears, T, C] fp32, 0 where the column or the token has no row."""
-    at = (num_tokens.to(tl.int64) * LINEAR + tokens)[:, None] * num_columns + columns[None, :]
-    return tl.load(ptr + at, mask=in_row[:, None] & exists[None, :], other=0.0)
-
-
-@triton.jit
-def expand_dot(du, acc, A_ptr, slab_row, exists, n, in_features, PRECISION: tl.constexpr):
-    """acc + du @ A[slab rows] at the features n; du: [BLOCK_T, BLOCK_C], acc: [BLOCK_T, BLOCK_N]."""
-    a = tl.load(
-        A_ptr + slab_row[:, None] * in_features + n[None, :],
-        mask=exists[:, None] & (n < in_features)[None, :],
-        other=0.0,
-    )  # [BLOCK_C, BLOCK_N]
-    return mixed_dot(du, a.to(tl.float32), acc, PRECISION)
 
 
 @triton.jit
@@ -434,35 +341,16 @@ def _norm_shrink_bwd_kernel(
 
 def launch_columns(x, A, routing, *, max_rank, block, resident):
     """(tiles of tokens, rank columns, the launch arguments that say which tokens and slab rows they are)."""
-    start, rank, scaling, indices, weights, cu_seqlens = (None,) * 6 if resident else routing
     num_tokens, in_features = x.shape
-    num_rows, top_k = (0, 1) if resident else indices.shape
-    num_columns = A.shape[0] if resident else top_k * max_rank
-    # Without rows or columns every token still has its h: tiles of consecutive tokens, no columns.
-    consecutive = resident or num_rows == 0 or num_columns == 0
-    if consecutive:
+    num_programs, arguments = routing_arguments(
+        None if resident else routing, num_tokens, max_rank=max_rank, block=block, num_columns=A.shape[0]
+    )
+    num_columns = arguments["num_columns"]
+    arguments |= {"in_features": in_features, "RESIDENT": resident, "PRECISION": dot_precision(x)}
+    if arguments["num_rows"] == 0 or num_columns == 0:
+        # Without rows or columns every token still has its h: tiles of consecutive tokens.
         num_programs = triton.cdiv(num_tokens, block)
-    else:
-        num_programs = num_tiles(num_tokens, num_rows, cu_seqlens, block)
-    arguments = {
-        "start_ptr": start,
-        "rank_ptr": rank,
-        "scaling_ptr": scaling,
-        "indices_ptr": indices,
-        "weights_ptr": weights,
-        "cu_seqlens_ptr": cu_seqlens,
-        "num_tokens": num_tokens,
-        "num_rows": num_rows,
-        "tokens_per_row": num_tokens // max(num_rows, 1),
-        "num_entries": 0 if resident else start.shape[0],
-        "top_k": top_k,
-        "max_rank": max_rank,
-        "num_columns": num_columns if resident or not consecutive else 0,
-        "in_features": in_features,
-        "RESIDENT": consecutive,
-        "VARLEN": not consecutive and cu_seqlens is not None,
-        "PRECISION": dot_precision(x),
-    }
+        arguments |= {"num_columns": num_columns if resident else 0, "RESIDENT": True, "VARLEN": False}
     return num_programs, num_columns, arguments
 
 
@@ -500,7 +388,7 @@ def norm_shrink_fwd(x, weight, eps, A, routing, *, max_rank, plan, resident=Fals
         x, A[0], routing, max_rank=max_rank, block=tiles["BLOCK_T"], resident=resident
     )
     num_tokens, in_features = x.shape
-    blocks_per_split, splits = _split(in_features, tiles["BLOCK_K"], plan["splits"])
+    blocks_per_split, splits = split_blocks(in_features, tiles["BLOCK_K"], plan["splits"])
     h = torch.empty_like(x)
     u = torch.empty(len(A), splits, num_tokens, num_columns, dtype=torch.float32, device=x.device)
     if num_programs:
@@ -545,7 +433,7 @@ def norm_shrink_bwd(
         dx = torch.empty_like(x)
         h = torch.empty_like(x) if writes_h else h
         if num_programs:
-            blocks_per_split, splits = _split(
+            blocks_per_split, splits = split_blocks(
                 x.shape[1], tiles["BLOCK_N"], triton.cdiv(PROGRAMS, num_programs)
             )
             _norm_shrink_bwd_kernel[(num_programs, splits)](

@@ -11,6 +11,34 @@ Columns that do not exist (offset beyond the entry's rank, weight 0) are masked:
 import triton
 import triton.language as tl
 
+SIZES = [
+    "num_tokens",
+    "num_rows",
+    "tokens_per_row",
+    "num_entries",
+    "top_k",
+    "max_rank",
+    "num_columns",
+    "num_splits",
+    "blocks_per_split",
+    "stride_us",
+    "stride_ut",
+    "owned_begin",
+    "num_owned",
+    "search_steps",
+]
+ROUTING = [
+    "start_ptr",
+    "rank_ptr",
+    "scaling_ptr",
+    "indices_ptr",
+    "weights_ptr",
+    "cu_seqlens_ptr",
+    "row_entry_ptr",
+]
+# Nothing that varies while serving may cause a new compilation.
+steady = {"do_not_specialize": SIZES, "do_not_specialize_on_alignment": ROUTING}
+
 
 @triton.jit
 def segment_tile(
@@ -40,6 +68,38 @@ def segment_tile(
         end = begin + tokens_per_row
         first = begin + (tile % tiles_per_row).to(tl.int64) * BLOCK_T
     return row, first, end
+
+
+@triton.jit
+def tile_tokens(
+    tile,
+    cu_seqlens_ptr,
+    num_tokens,
+    num_rows,
+    tokens_per_row,
+    BLOCK_T: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """(row, first, end, row_begin, row_end) of a tile: tokens first:end are the tile's, BLOCK_T at most, and
+    those in row_begin:row_end belong to the row. Tiles without a row (RESIDENT) take consecutive tokens."""
+    row = tile.to(tl.int64) * 0
+    first = tile.to(tl.int64) * BLOCK_T
+    end = num_tokens.to(tl.int64)
+    row_begin = row
+    row_end = end
+    if not RESIDENT:
+        row, row_first, row_end = segment_tile(
+            tile, cu_seqlens_ptr, num_tokens, num_rows, tokens_per_row, BLOCK_T, VARLEN
+        )
+        if VARLEN:  # the first row's tiles begin at token 0, the last row's end at num_tokens
+            row_begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+            first = tl.where(row == 0, first, row_first)
+            end = tl.where(row == num_rows - 1, end, row_end)
+        else:
+            first = row_first
+            end = row_end
+    return row, first, end, row_begin, row_end
 
 
 @triton.jit
@@ -87,6 +147,41 @@ def gather_columns(
 
 
 @triton.jit
+def rank_columns(
+    columns,
+    row,
+    start_ptr,
+    rank_ptr,
+    scaling_ptr,
+    indices_ptr,
+    weights_ptr,
+    num_entries,
+    top_k,
+    max_rank,
+    num_columns,
+    RESIDENT: tl.constexpr,
+):
+    """(slab row int64, exists) of rank columns."""
+    if RESIDENT:
+        slab_row = columns.to(tl.int64)
+        exists = columns < num_columns
+    else:
+        slab_row, exists, _ = gather_columns(
+            columns,
+            row,
+            start_ptr,
+            rank_ptr,
+            scaling_ptr,
+            indices_ptr,
+            weights_ptr,
+            num_entries,
+            top_k,
+            max_rank,
+        )
+    return slab_row, exists
+
+
+@triton.jit
 def mixed_dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b; operands of different dtypes meet in fp32 (tf32 products), never cast down."""
     if a.dtype != b.dtype:
@@ -99,3 +194,34 @@ def mixed_dot(a, b, acc, PRECISION: tl.constexpr):
 def weighted(u, coefficient):
     """coefficient * u, exactly 0 where the coefficient is 0, so that no masked column can bring in a NaN."""
     return tl.where(coefficient == 0, 0.0, u * coefficient)
+
+
+@triton.jit
+def shrink_dot(h, acc, A_ptr, slab_row, exists, k, in_features, PRECISION: tl.constexpr):
+    """acc + h @ A[slab rows]^T over the features k; h: [BLOCK_T, BLOCK_K], acc: [BLOCK_T, BLOCK_C]."""
+    a = tl.load(
+        A_ptr + slab_row[None, :] * in_features + k[:, None],
+        mask=exists[None, :] & (k < in_features)[:, None],
+        other=0.0,
+    )  # [BLOCK_K, BLOCK_C]
+    if h.shape[0] == 1:
+        return acc + tl.sum(tl.trans(h).to(tl.float32) * a.to(tl.float32), 0)[None, :]
+    return mixed_dot(h, a, acc, PRECISION)
+
+
+@triton.jit
+def load_columns(ptr, LINEAR: tl.constexpr, tokens, in_row, num_tokens, columns, exists, num_columns):
+    """ptr[LINEAR, tokens, columns] of [linears, T, C] fp32, 0 where the column or the token has no row."""
+    at = (num_tokens.to(tl.int64) * LINEAR + tokens)[:, None] * num_columns + columns[None, :]
+    return tl.load(ptr + at, mask=in_row[:, None] & exists[None, :], other=0.0)
+
+
+@triton.jit
+def expand_dot(du, acc, A_ptr, slab_row, exists, n, in_features, PRECISION: tl.constexpr):
+    """acc + du @ A[slab rows] at the features n; du: [BLOCK_T, BLOCK_C], acc: [BLOCK_T, BLOCK_N]."""
+    a = tl.load(
+        A_ptr + slab_row[:, None] * in_features + n[None, :],
+        mask=exists[:, None] & (n < in_features)[None, :],
+        other=0.0,
+    )  # [BLOCK_C, BLOCK_N]
+    return mixed_dot(du, a.to(tl.float32), acc, PRECISION)

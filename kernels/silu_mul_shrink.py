@@ -33,18 +33,16 @@ import torch
 import triton
 import triton.language as tl
 
-from slm_fast.kernels.mixture import ROUTING, SIZES, _split
-from slm_fast.kernels.norm_shrink import (
+from slm_fast.kernels.mixture import split_blocks
+from slm_fast.kernels.norm_shrink import launch_columns, slab_grads
+from slm_fast.kernels.rank_space import (
     expand_dot,
-    launch_columns,
     load_columns,
     rank_columns,
     shrink_dot,
-    slab_grads,
+    steady,
     tile_tokens,
 )
-
-steady = {"do_not_specialize": SIZES, "do_not_specialize_on_alignment": ROUTING}
 
 
 @triton.jit
@@ -219,7 +217,7 @@ def silu_mul_shrink_fwd(gate, up, A, routing, *, max_rank, plan, resident=False)
         gate, A, routing, max_rank=max_rank, block=tiles["BLOCK_T"], resident=resident
     )
     num_tokens, in_features = gate.shape
-    blocks_per_split, splits = _split(in_features, tiles["BLOCK_K"], plan["splits"])
+    blocks_per_split, splits = split_blocks(in_features, tiles["BLOCK_K"], plan["splits"])
     h = torch.empty_like(gate)
     u = torch.empty(splits, num_tokens, num_columns, dtype=torch.float32, device=gate.device)
     if num_programs:

@@ -18,6 +18,13 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
+def leaf_grads(grads: Grads, needs, owned_dtypes: tuple, u_shape: torch.Size | None) -> Grads:
+    """(dx, dA, dB, dweights, du) as gradients of (x, weights, A_owned, B_owned, u); None if not needed."""
+    dx, dA, dB, dweights, du = (g if need else None for g, need in zip(grads, needs, strict=True))
+    dA, dB = (None if g is None else g.to(t) for g, t in zip((dA, dB), owned_dtypes, strict=True))
+    return dx, dweights, dA, dB, None if du is None else du.expand(u_shape)
+
+
 def rows_of_tokens(num_tokens: int, num_rows: int, cu_seqlens: Tensor | None, device) -> Tensor:
     """The row of each token, [num_tokens] int64, made on the device."""
     tokens = torch.arange(num_tokens, device=device)
@@ -82,24 +89,26 @@ def mixture_backward(
     given_u: bool = False,
 ) -> Grads:
     """(dx, dA, dB, dweights, du) at dy, None unless `needs` asks; dA and dB are the owned rows, in fp32."""
-    num_tokens = x.shape[:-1].numel()
+    num_tokens, shape = x.shape[:-1].numel(), x.shape
     dy, x = dy.reshape(num_tokens, B.shape[1]), x.reshape(num_tokens, A.shape[1])
     if backend == "reference" or (given_u and backend == "cpu"):
         given = u if given_u else None
         dx, *grads = reference.mixture_backward(dy, x, A, B, *routing, u=given, owned=owned)
-        return (None, *grads, dx) if given_u else (dx, *grads, None)
+        return (None, *grads, dx) if given_u else (dx.view(shape), *grads, None)
     dy, x, A, B, *routing = contiguous(dy, x, A, B, *routing)
     if backend == "cpu":
-        return (*dispatch.mixture_backward_cpu(dy, x, u, A, B, *routing, owned, needs[:4]), None)
-    *grads, g = dispatch.mixture_backward_gpu(dy, x, u, A, B, tuple(routing), max_rank, owned, needs[:4])
+        dx, *grads = dispatch.mixture_backward_cpu(dy, x, u, A, B, *routing, owned, needs[:4])
+        return (None if dx is None else dx.view(shape), *grads, None)
+    dx, *grads, g = dispatch.mixture_backward_gpu(dy, x, u, A, B, tuple(routing), max_rank, owned, needs[:4])
+    dx = None if dx is None else dx.view(shape)
     if not needs[4]:
-        return (*grads, None)
+        return (dx, *grads, None)
     start, _, scaling, indices, weights, cu_seqlens = routing
     entry = indices.long().clamp(0, max(start.shape[0] - 1, 0))
     per_pick = weights * scaling[entry] if start.shape[0] else torch.zeros_like(weights)
     row = rows_of_tokens(num_tokens, indices.shape[0], cu_seqlens, x.device)
     du = g.view(num_tokens, indices.shape[1], max_rank) * per_pick[row][:, :, None]
-    return (*grads, du.view(g.shape))
+    return (dx, *grads, du.view(g.shape))
 
 
 class MixtureFunction(torch.autograd.Function):
@@ -123,18 +132,11 @@ class MixtureFunction(torch.autograd.Function):
         max_rank, owned, backend, u_shape = ctx.settings
         needs_y, needs_x, needs_w, needs_A, needs_B, needs_u = ctx.needs_input_grad[:6]
         needs = (needs_x and u_shape is None, needs_A and u_shape is None, needs_B, needs_w, needs_u)
-        dx, dA, dB, dweights, du = mixture_backward(
+        grads = mixture_backward(
             backend, dy, x, saved, A, B, tuple(routing), max_rank, owned, needs, u_shape is not None
         )
-        return (
-            dy if needs_y else None,
-            dx.view_as(x) if needs[0] else None,
-            dweights if needs_w else None,
-            dA.to(ctx.grad_dtypes[0]) if needs[1] else None,
-            dB.to(ctx.grad_dtypes[1]) if needs_B else None,
-            du.expand(u_shape) if needs_u else None,
-            *(None,) * 6,
-        )
+        leaves = leaf_grads(grads, needs, ctx.grad_dtypes, u_shape)
+        return (dy if needs_y else None, *leaves, *(None,) * 6)
 
 
 # ---- fused linear
@@ -217,14 +219,7 @@ class FusedLinearFunction(torch.autograd.Function):
         needs_x, needs_w, needs_A, needs_B, needs_u = ctx.needs_input_grad[:5]
         given_u = u_shape is not None
         needs = (needs_x, needs_A and not given_u, needs_B, needs_w, needs_u)
-        dx, dA, dB, dweights, du = fused_linear_backward(
+        grads = fused_linear_backward(
             backend, dy, x, saved, weight, A, B, tuple(routing), owned, needs, given_u
         )
-        return (
-            dx if needs_x else None,
-            dweights if needs_w else None,
-            dA.to(ctx.grad_dtypes[0]) if needs[1] else None,
-            dB.to(ctx.grad_dtypes[1]) if needs_B else None,
-            du.expand(u_shape) if needs_u else None,
-            *(None,) * 7,
-        )
+        return (*leaf_grads(grads, needs, ctx.grad_dtypes, u_shape), *(None,) * 7)

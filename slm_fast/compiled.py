@@ -20,6 +20,21 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
+def _kept(grads: tuple, needs: list[bool], x: Tensor) -> tuple[Tensor, ...]:
+    """The gradients that are needed, empty tensors for the others: a custom op returns no None."""
+    return tuple(g.contiguous() if need else _empty(x) for g, need in zip(grads, needs, strict=True))
+
+
+def _fake_grads(x, A, B, weights, saved, num_owned, needs):
+    """Fakes of (dx, dA, dB, dweights, du)."""
+    shapes = (x.shape, (num_owned, A.shape[1]), (num_owned, B.shape[1]), weights.shape, saved.shape)
+    dtypes = (x.dtype, *(torch.float32,) * 4)
+    return tuple(
+        x.new_empty(shape, dtype=dtype) if need else _empty(x)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
 @torch.library.custom_op("slm_fast::key_search", mutates_args=())
 def key_search(
     query: Tensor,
@@ -150,9 +165,7 @@ def mixture_backward(
     grads = autograd.mixture_backward(
         chosen, dy, x, saved, A, B, routing, max_rank, owned, tuple(needs), given_u
     )
-    dx = grads[0].view_as(x) if needs[0] else None
-    kept = [g if need else None for g, need in zip((dx, *grads[1:]), needs, strict=True)]
-    return tuple(_empty(x) if g is None else g.contiguous() for g in kept)
+    return _kept(grads, needs, x)
 
 
 @mixture_backward.register_fake
@@ -175,12 +188,7 @@ def _(
     needs,
     given,
 ):
-    shapes = (x.shape, (end - begin, A.shape[1]), (end - begin, B.shape[1]), weights.shape, saved.shape)
-    dtypes = (x.dtype, *(torch.float32,) * 4)
-    return tuple(
-        x.new_empty(shape, dtype=dtype) if need else _empty(x)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    )
+    return _fake_grads(x, A, B, weights, saved, end - begin, needs)
 
 
 def _mixture_context(ctx, inputs, output):
@@ -196,16 +204,9 @@ def _mixture_gradients(ctx, dy, _):
     needs_y, needs_x, needs_w, needs_A, needs_B, needs_u = ctx.needs_input_grad[:6]
     own = ctx.u_shape is None
     needs = [needs_x and own, needs_A and own, needs_B, needs_w, needs_u]
-    dx, dA, dB, dweights, du = mixture_backward(dy, *ctx.saved_tensors, *ctx.settings, needs, not own)
-    return (
-        dy if needs_y else None,
-        dx if needs[0] else None,
-        dweights if needs_w else None,
-        dA.to(ctx.grad_dtypes[0]) if needs[1] else None,
-        dB.to(ctx.grad_dtypes[1]) if needs_B else None,
-        du.expand(ctx.u_shape) if needs_u else None,
-        *(None,) * 11,
-    )
+    grads = mixture_backward(dy, *ctx.saved_tensors, *ctx.settings, needs, not own)
+    leaves = autograd.leaf_grads(grads, needs, ctx.grad_dtypes, ctx.u_shape)
+    return (dy if needs_y else None, *leaves, *(None,) * 11)
 
 
 mixture.register_autograd(_mixture_gradients, setup_context=_mixture_context)
@@ -278,18 +279,12 @@ def fused_linear_backward(
         tuple(needs),
         given_u,
     )
-    kept = [g if need else None for g, need in zip(grads, needs, strict=True)]
-    return tuple(_empty(x) if g is None else g.contiguous() for g in kept)
+    return _kept(grads, needs, x)
 
 
 @fused_linear_backward.register_fake
 def _(dy, x, saved, weight, A, B, row_entry, scaling, weights, cu_seqlens, begin, end, backend, needs, given):
-    shapes = (x.shape, (end - begin, A.shape[1]), (end - begin, B.shape[1]), weights.shape, saved.shape)
-    dtypes = (x.dtype, *(torch.float32,) * 4)
-    return tuple(
-        x.new_empty(shape, dtype=dtype) if need else _empty(x)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    )
+    return _fake_grads(x, A, B, weights, saved, end - begin, needs)
 
 
 def _fused_linear_context(ctx, inputs, output):
@@ -303,15 +298,8 @@ def _fused_linear_gradients(ctx, dy, _):
     needs_x, needs_w, needs_A, needs_B, needs_u = ctx.needs_input_grad[:5]
     given_u = ctx.u_shape is not None
     needs = [needs_x, needs_A and not given_u, needs_B, needs_w, needs_u]
-    dx, dA, dB, dweights, du = fused_linear_backward(dy, *ctx.saved_tensors, *ctx.settings, needs, given_u)
-    return (
-        dx if needs_x else None,
-        dweights if needs_w else None,
-        dA.to(ctx.grad_dtypes[0]) if needs[1] else None,
-        dB.to(ctx.grad_dtypes[1]) if needs_B else None,
-        du.expand(ctx.u_shape) if needs_u else None,
-        *(None,) * 11,
-    )
+    grads = fused_linear_backward(dy, *ctx.saved_tensors, *ctx.settings, needs, given_u)
+    return (*autograd.leaf_grads(grads, needs, ctx.grad_dtypes, ctx.u_shape), *(None,) * 11)
 
 
 fused_linear.register_autograd(_fused_linear_gradients, setup_context=_fused_linear_context)

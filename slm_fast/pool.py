@@ -210,11 +210,10 @@ class KnowledgePool(nn.Module):
             raise ValueError(f"task {name!r} is being trained")
         self.version += 1
         self._faiss = None
-        self._free_rows.setdefault(int(self.rank[info.slots].sum()), []).append(
-            int(self.start[info.slots[0]])
-        )
+        begin, size = int(self.start[info.slots[0]]), int(self.rank[info.slots].sum())
+        self._free_rows.setdefault(size, []).append(begin)
+        self.row_entry[begin : begin + size] = -1
         for slot in info.slots:
-            self.row_entry[self.row_entry == slot] = -1
             self._free_slots.append(slot)
             self.active[slot], self.slot_version[slot] = False, self.version
             del self.slot_of[self.names.pop(slot)]
