@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from slm_fast.kernels.mixture import dot_precision, factor_grads, row_products, shrink
+from slm_fast.kernels.mixture import beside, dot_precision, factor_grads, row_products, shrink
 from slm_fast.kernels.rank_space import mixed_dot, rows_of_tokens, steady, weighted
 
 
@@ -148,23 +148,25 @@ def _fused_linear_fwd_kernel(
         coefficient = resident_coefficients(
             columns, rows, num_columns, num_entries, row_entry_ptr, scaling_ptr, weights_ptr
         )
-        active = tl.maximum(active, tl.max((coefficient != 0).to(tl.int32), 1))
-        if INLINE:
-            u = inline_u
-        else:
-            u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-            for split in range(num_splits):
-                u += tl.load(
-                    u_ptr + split * stride_us + tokens[:, None] * stride_ut + columns[None, :],
-                    mask=in_x[:, None] & (columns < num_columns)[None, :],
-                    other=0.0,
-                )
-        b = tl.load(
-            B_ptr + columns[:, None].to(tl.int64) * out_features + n[None, :],
-            mask=(columns < num_columns)[:, None] & in_y[None, :],
-            other=0.0,
-        )  # [BLOCK_C, BLOCK_N]
-        update = mixed_dot(weighted(u, coefficient), b.to(tl.float32), update, PRECISION)
+        used = tl.max((coefficient != 0).to(tl.int32), 1)
+        active = tl.maximum(active, used)
+        if tl.max(used, 0) > 0:  # columns that no token of the tile uses cost nothing
+            if INLINE:
+                u = inline_u
+            else:
+                u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+                for split in range(num_splits):
+                    u += tl.load(
+                        u_ptr + split * stride_us + tokens[:, None] * stride_ut + columns[None, :],
+                        mask=in_x[:, None] & (columns < num_columns)[None, :],
+                        other=0.0,
+                    )
+            b = tl.load(
+                B_ptr + columns[:, None].to(tl.int64) * out_features + n[None, :],
+                mask=(columns < num_columns)[:, None] & in_y[None, :],
+                other=0.0,
+            )  # [BLOCK_C, BLOCK_N]
+            update = mixed_dot(weighted(u, coefficient), b.to(tl.float32), update, PRECISION)
     if CHAIN:
         y = update
     else:
@@ -298,44 +300,53 @@ def fused_linear_bwd(dy, x, u, weight, A, B, routing, *, plan, owned, needs):
     """
     row_entry, scaling, weights, cu_seqlens = routing
     num_rows, num_entries = weights.shape
-    num_tokens, num_columns = u.shape
-    num_owned = owned[1] - owned[0]
+    num_columns = u.shape[1]
     needs_x, needs_A, needs_B, needs_weights = needs
     dx = dA = dB = dweights = None
     g = shrink(dy, B, None, num_columns=num_columns, max_rank=1, tiles=plan["shrink"], pdl=plan["pdl"])
+    with beside(x) as join:
+        if needs_A or needs_B:
+            dA, dB = _factor_grads(dy, x, u, g[0], routing, plan, owned, needs_A, needs_B)
+        if needs_weights:
+            products = row_products(u, g[0], num_rows, cu_seqlens, tiles=plan["weights"])
+            entries = torch.arange(num_entries, dtype=row_entry.dtype, device=x.device)
+            of_entry = (row_entry[:num_columns, None] == entries).float() * scaling  # [R, entries]
+            dweights = torch.where(weights == 0, 0.0, products @ of_entry)
     if needs_x:
         settings = {"tiles": plan["linear"], "inline": False, "pdl": plan["pdl"], "transposed": True}
         dx = _fused_linear(dy, weight, None, g, B, A, routing, **settings)
-    g = g[0]
-    if needs_A or needs_B:
-        owned_u, owned_g = torch.empty(2, num_tokens, num_owned, dtype=torch.float32, device=x.device)
-        tiles = plan["coefficients"]
-        if num_tokens and num_owned:
-            _fused_linear_coefficients_bwd_kernel[
-                (triton.cdiv(num_tokens, tiles["BLOCK_T"]), triton.cdiv(num_owned, tiles["BLOCK_C"]))
-            ](
-                u,
-                g,
-                owned_u,
-                owned_g,
-                row_entry,
-                scaling,
-                weights,
-                cu_seqlens,
-                num_tokens=num_tokens,
-                num_entries=num_entries,
-                num_columns=num_columns,
-                owned_begin=owned[0],
-                num_owned=num_owned,
-                **_rows(num_tokens, num_rows, cu_seqlens),
-                **tiles,
-            )
-        splits = plan["splits"]
-        dA = factor_grads(owned_g, x, tiles=plan["factors"], splits=splits) if needs_A else None
-        dB = factor_grads(owned_u, dy, tiles=plan["factors"], splits=splits) if needs_B else None
-    if needs_weights:
-        products = row_products(u, g, num_rows, cu_seqlens, tiles=plan["weights"])
-        entries = torch.arange(num_entries, dtype=row_entry.dtype, device=x.device)
-        of_entry = (row_entry[:num_columns, None] == entries).float() * scaling  # [R, entries]
-        dweights = torch.where(weights == 0, 0.0, products @ of_entry)
-    return dx, dA, dB, dweights, g
+    join()
+    return dx, dA, dB, dweights, g[0]
+
+
+def _factor_grads(dy, x, u, g, routing, plan, owned, needs_A, needs_B):
+    """(dA, dB) of the slab rows `owned`, None where not needed."""
+    row_entry, scaling, weights, cu_seqlens = routing
+    num_tokens, num_columns = u.shape
+    num_rows, num_entries = weights.shape
+    num_owned, tiles = owned[1] - owned[0], plan["coefficients"]
+    owned_u, owned_g = torch.empty(2, num_tokens, num_owned, dtype=torch.float32, device=x.device)
+    if num_tokens and num_owned:
+        _fused_linear_coefficients_bwd_kernel[
+            (triton.cdiv(num_tokens, tiles["BLOCK_T"]), triton.cdiv(num_owned, tiles["BLOCK_C"]))
+        ](
+            u,
+            g,
+            owned_u,
+            owned_g,
+            row_entry,
+            scaling,
+            weights,
+            cu_seqlens,
+            num_tokens=num_tokens,
+            num_entries=num_entries,
+            num_columns=num_columns,
+            owned_begin=owned[0],
+            num_owned=num_owned,
+            **_rows(num_tokens, num_rows, cu_seqlens),
+            **tiles,
+        )
+    settings = {"tiles": plan["factors"], "splits": plan["splits"]}
+    dA = factor_grads(owned_g, x, **settings) if needs_A else None
+    dB = factor_grads(owned_u, dy, **settings) if needs_B else None
+    return dA, dB

@@ -23,6 +23,9 @@ in token order, in one program per block: no atomics. Rows of A and B that are n
 Bytes 2 T out s (dy twice) + T in s (x) + T in s (dx).
 """
 
+import contextlib
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -512,6 +515,28 @@ def expand(u, y, B, routing, *, max_rank, tiles, accumulate=True, pdl=False):
         **tiles,
         **({"launch_pdl": True} if pdl else {}),
     )
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@contextlib.contextmanager
+def beside(x):
+    """Launches inside run beside those that follow: on a second stream of x's device, after all that is queued
+    so far. Yields `join`, which makes the current stream wait for them.
+
+    For passes bound by memory beside a product bound by its operations. Their priority is the higher one: few
+    programs that stay on few multiprocessors, while the product fills the others.
+    """
+    if not x.is_cuda:
+        yield lambda: None
+        return
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
 
 
 def factor_grads(coefficients, x, *, tiles, splits=1):
