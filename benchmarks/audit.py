@@ -154,21 +154,26 @@ def launch_mixture(row, case):
 
 
 def launch_fused_linear(row, case):
-    """Inline or with its own shrink, for training, behind a given u; with and without a bias."""
+    """Inline or with its own shrink, for training, behind a given u; with and without a bias. Of a resident
+    pool, and with gathered entries where rows are long."""
     from slm_fast.kernels.fused_linear import fused_linear_bwd, fused_linear_fwd
 
     sizes = Sizes.of(row)
-    routing, plan_of_row = sizes.resident_routing(case), row["plan"]
     x, weight = case.x(sizes.tokens, case.features), case.x(case.features, case.features)
-    A, u = case.factors(sizes.columns, case.features), floats(sizes.tokens, sizes.columns)
-    if row["phase"] == "backward":
-        owned = (0, sizes.columns)
-        fused_linear_bwd(x, x, u, weight, A, A, routing, plan=plan_of_row, owned=owned, needs=(True,) * 4)
-        return
-    for bias in (case.x(case.features) if given else None for given in case.biases):
-        fused_linear_fwd(x, weight, bias, A, A, routing, plan=plan_of_row)
-        fused_linear_fwd(x, weight, bias, A, A, routing, plan=plan_of_row, save_u=True)
-        fused_linear_fwd(x, weight, bias, A, A, routing, plan=plan_of_row, u=u[None])
+    A = case.factors(sizes.columns, case.features)
+    kinds = [(sizes.resident_routing(case), None, sizes.columns)]
+    if sizes.tokens > 64:
+        kinds.append((sizes.gather_routing(case), sizes.max_rank, sizes.top_k * sizes.max_rank))
+    for routing, max_rank, columns in kinds:
+        u, settings = floats(sizes.tokens, columns), {"plan": row["plan"], "max_rank": max_rank}
+        if row["phase"] == "backward":
+            settings |= {"owned": (0, sizes.columns), "needs": (True,) * 4}
+            fused_linear_bwd(x, x, u, weight, A, A, routing, **settings)
+            continue
+        for bias in (case.x(case.features) if given else None for given in case.biases):
+            fused_linear_fwd(x, weight, bias, A, A, routing, **settings)
+            fused_linear_fwd(x, weight, bias, A, A, routing, save_u=True, **settings)
+            fused_linear_fwd(x, weight, bias, A, A, routing, u=u[None], **settings)
 
 
 def shrink_settings(row, case):

@@ -8,9 +8,10 @@ of a kernel is the longer of
     HBM bytes / datasheet bandwidth,    (bf16 operations + 2 * tf32 operations) / reached bf16 rate
 
 and contains no launch, no gap between launches and no latency: a kernel can be slower than its floor, never
-faster. Two launches are given twice: one after the other, and overlapped as far as programmatic dependent
-launch can (the longer of the summed resources). L2 reads run beside HBM and the tensor cores where a kernel
-hides them: their time at an assumed rate stands in a column of its own, as what they cost if nothing does.
+faster. Several launches are given twice: one after the other, and overlapped as far as programmatic dependent
+launch and a second stream can (the longer of the summed resources). L2 reads run beside HBM and the tensor
+cores where a kernel hides them: their time at an assumed rate stands in a column of its own, as what they
+cost if nothing does.
 Shares are of the frozen linear's own floor.
 
     python benchmarks/roofline.py [--device H100]
@@ -28,6 +29,7 @@ TOKENS = (1, 8, 64, 4096, 16384)
 TOP_K, RANK, ENTRIES = 2, 8, 12
 RESIDENT = ENTRIES * RANK  # slab rows of a resident pool, 96
 OWNED = 4 * RANK  # slab rows that a task trains: 4 entries
+ROW = 128  # tokens of a row in prefill and training
 REACHED = 0.81  # of the datasheet's tensor rate: 800 of 989 TFLOP/s on an H100, assumed alike elsewhere
 L2_TO_HBM = 1.65  # 5.5 TB/s on an H100, an assumption; no datasheet states it
 
@@ -105,11 +107,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """What decides the L2 traffic of `fused_linear`: its tile and the partial sums of u."""
+    """What decides the L2 traffic of `fused_linear` and the columns that it expands: tile, partial sums."""
 
     block_m: int
     block_n: int
     splits: int
+    block_c: int = 16
 
     @staticmethod
     def of(device: Device, phase: str, tokens: int, in_features: int, out_features: int) -> "LinearTiles":
@@ -117,7 +120,15 @@ class LinearTiles:
         sizes = (tokens, RESIDENT, in_features, out_features)
         found = plan.find(device.table, "fused_linear", phase, False, *sizes)
         splits = found["splits"] if phase == "forward" else 1
-        return LinearTiles(found["linear"]["BLOCK_M"], found["linear"]["BLOCK_N"], splits)
+        linear = found["linear"]
+        return LinearTiles(linear["BLOCK_M"], linear["BLOCK_N"], splits, linear["BLOCK_C"])
+
+    def expanded(self, tokens: int, rows: int) -> int:
+        """Rank columns that a tile expands: the blocks that hold an entry which one of its rows picks. Rows
+        have one token while decoding, ROW in prefill."""
+        rows_of_tile = min(tokens, self.block_m) if tokens <= 64 else math.ceil(self.block_m / ROW)
+        blocks = min(distinct(rows_of_tile), math.ceil(rows / self.block_c))
+        return min(blocks * self.block_c, rows)
 
 
 def distinct(tokens: int) -> int:
@@ -172,36 +183,41 @@ def count_fused_linear(
     *,
     inline: bool = False,
     rows: int = RESIDENT,
+    expanded: int | None = None,
 ) -> Cost:
-    """The linear, + R out s (B) + 4 splits T R (u) bytes, + 2 T R out operations in tf32.
+    """The linear, + R out s (B) + 4 splits T E (u) bytes, + 2 T E out operations in tf32; E are the columns
+    that a tile expands, of R; of gathered entries those of its rows.
 
-    L2: B once a block of tokens and u, all its partial sums, once a block of outputs. Inline reads no u but
-    all of A in every block, and shrinks again there: 2 T R in operations a block of outputs.
+    L2: E rows of B once a block of tokens and u, all its partial sums, once a block of outputs. Inline reads
+    no u but all of A in every block, and shrinks again there: 2 T R in operations a block of outputs.
     """
     blocks_m, blocks_n = math.ceil(tokens / tiles.block_m), math.ceil(out_features / tiles.block_n)
-    u = 0 if inline else FLOAT * tiles.splits * tokens * rows
+    expanded = tiles.expanded(tokens, rows) if expanded is None else expanded
+    u = 0 if inline else FLOAT * tiles.splits * tokens * expanded
     A = rows * HALF * in_features if inline else 0
-    B = rows * HALF * out_features
     operations = 2 * tokens * rows * in_features * blocks_n if inline else 0
-    l2 = A * blocks_m * blocks_n + B * blocks_m + u * blocks_n
-    update = Cost(A + B + u, l2, operations, 2 * tokens * rows * out_features)
+    l2 = A * blocks_m * blocks_n + expanded * HALF * out_features * blocks_m + u * blocks_n
+    update = Cost(A + rows * HALF * out_features + u, l2, operations, 2 * tokens * expanded * out_features)
     return count_linear(tokens, in_features, out_features) + update
 
 
-def count_backward(
+def count_segments(
     tokens: int, in_features: int, out_features: int, tiles: LinearTiles
-) -> tuple[tuple[Cost, ...], ...]:
-    """((g = B dy, dx with the mixture), (coefficients, dA, dB)) of a resident pool; the groups run in order.
+) -> tuple[Cost, Cost]:
+    """(u = A x, the linear with the mixture) of gathered entries: a tile expands its rows' columns."""
+    columns, rows = TOP_K * RANK, distinct(tokens) * RANK
+    expanded = columns * math.ceil(tiles.block_m / ROW)
+    shrink = count_shrink(tokens, in_features, columns, rows)
+    linear = count_fused_linear(tokens, in_features, out_features, tiles, rows=rows, expanded=expanded)
+    return shrink, linear
 
-    dx: the frozen dy W, + R in s (A) + 4 T R (g) bytes. dA and dB read x and dy once more for the rows that
-    the task owns: T (in + out) s bytes, 2 T owned (in + out) operations in tf32, + 8 T (R + 2 owned) bytes
-    for the coefficients.
-    """
-    shrink = count_shrink(tokens, out_features, RESIDENT, RESIDENT)
-    dx = count_fused_linear(tokens, out_features, in_features, tiles)
+
+def count_factor_grads(tokens: int, in_features: int, out_features: int, columns: int) -> Cost:
+    """dA and dB read x and dy once more, for the rows that the task owns: T (in + out) s bytes, 2 T owned
+    (in + out) operations in tf32, + 8 T (C + 2 owned) bytes for the coefficients."""
     features = in_features + out_features
-    hbm = HALF * tokens * features + FLOAT * OWNED * features + 2 * FLOAT * tokens * (RESIDENT + 2 * OWNED)
-    return (shrink, dx), (Cost(hbm, 0, 0, 2 * tokens * OWNED * features),)
+    hbm = HALF * tokens * features + FLOAT * OWNED * features + 2 * FLOAT * tokens * (columns + 2 * OWNED)
+    return Cost(hbm, 0, 0, 2 * tokens * OWNED * features)
 
 
 def count_norm(tokens: int, features: int) -> Cost:
@@ -291,11 +307,23 @@ def paths(device: Device, tokens: int, in_features: int, out_features: int) -> l
         inline = count_fused_linear(tokens, in_features, out_features, tiles, inline=True, rows=rows)
         lines.append(line(f"fused, inline, {rows} slab rows", (inline,), device.floor(inline), "fused"))
     if tokens > 64:
-        tiles = LinearTiles.of(device, "backward", tokens, in_features, out_features)
-        dx, factors = count_backward(tokens, in_features, out_features, tiles)
-        for name, first in (("serial", device.serial(*dx)), ("overlapped", device.overlapped(*dx))):
-            seconds = first + device.serial(*factors)
-            lines.append(line(f"backward, {name}", (*dx, *factors), seconds, "backward"))
+        segments = count_segments(tokens, in_features, out_features, tiles)
+        lines.append(line("segments, shrink first", segments, device.serial(*segments), "fused"))
+        lines.append(line("segments, overlapped", segments, device.overlapped(*segments), "fused"))
+        # dx is the linear of the backward, dy its input.
+        tiles = LinearTiles.of(device, "backward", tokens, out_features, in_features)
+        g = count_shrink(tokens, out_features, RESIDENT, RESIDENT)
+        resident = g, count_fused_linear(tokens, out_features, in_features, tiles)
+        for name, columns, (g, dx) in (
+            ("fused", RESIDENT, resident),
+            ("segments", TOP_K * RANK, count_segments(tokens, out_features, in_features, tiles)),
+        ):
+            factors = count_factor_grads(tokens, in_features, out_features, columns)
+            costs = g, dx, factors
+            beside = device.floor(g) + device.floor(dx + factors)
+            lines.append(line(f"{name} backward, serial", costs, device.serial(*costs), "backward"))
+            lines.append(line(f"{name} backward, g first", costs, beside, "backward"))
+            lines.append(line(f"{name} backward, overlapped", costs, device.overlapped(*costs), "backward"))
     return lines
 
 

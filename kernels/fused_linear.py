@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from slm_fast.kernels.mixture import beside, dot_precision, factor_grads, row_products, shrink
-from slm_fast.kernels.rank_space import mixed_dot, rows_of_tokens, steady, weighted
+from slm_fast.kernels.mixture import beside, dot_precision, factor_grads, pool_grads, row_products, shrink
+from slm_fast.kernels.rank_space import gather_columns, mixed_dot, rows_of_tokens, steady, weighted
 
 
 @triton.jit
@@ -50,6 +50,16 @@ def resident_coefficients(columns, rows, num_columns, num_entries, row_entry_ptr
     return tl.where(weight == 0, 0.0, weight * scaling[None, :])
 
 
+@triton.jit
+def outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN: tl.constexpr):
+    """`rows`, but -1 for tokens that cu_seqlens gives to no row."""
+    if VARLEN:
+        begin = tl.load(cu_seqlens_ptr + rows, mask=rows >= 0, other=0)
+        end = tl.load(cu_seqlens_ptr + rows + 1, mask=rows >= 0, other=0)
+        rows = tl.where((tokens >= begin) & (tokens < end), rows, -1)
+    return rows
+
+
 @triton.jit(**steady)
 def _fused_linear_fwd_kernel(
     x_ptr,
@@ -60,7 +70,10 @@ def _fused_linear_fwd_kernel(
     A_ptr,
     B_ptr,
     row_entry_ptr,
+    start_ptr,
+    rank_ptr,
     scaling_ptr,
+    indices_ptr,
     weights_ptr,
     cu_seqlens_ptr,
     num_tokens,
@@ -68,6 +81,8 @@ def _fused_linear_fwd_kernel(
     search_steps,
     tokens_per_row,
     num_entries,
+    top_k,
+    max_rank,
     num_columns,
     in_features,
     out_features,
@@ -76,6 +91,7 @@ def _fused_linear_fwd_kernel(
     stride_ut,
     HAS_BIAS: tl.constexpr,
     INLINE: tl.constexpr,
+    RESIDENT: tl.constexpr,
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -143,30 +159,54 @@ def _fused_linear_fwd_kernel(
     active = tl.zeros([BLOCK_M], tl.int32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for c0 in range(0, num_columns, BLOCK_C):
-        columns = c0 + tl.arange(0, BLOCK_C)
-        coefficient = resident_coefficients(
-            columns, rows, num_columns, num_entries, row_entry_ptr, scaling_ptr, weights_ptr
-        )
-        used = tl.max((coefficient != 0).to(tl.int32), 1)
-        active = tl.maximum(active, used)
-        if tl.max(used, 0) > 0:  # columns that no token of the tile uses cost nothing
-            if INLINE:
-                u = inline_u
+    if RESIDENT:  # every token has the same columns
+        first_row, end_row = 0, 1
+    else:  # each row of the tile has its own, one row at a time
+        rows = outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN)
+        end_row = tl.max(rows, 0) + 1
+        first_row = tl.min(tl.where(rows >= 0, rows, end_row), 0)
+    for i in range(0, end_row - first_row):  # from 0: Triton 3.9 loses the loads' width otherwise
+        row = first_row + i
+        for c0 in range(0, num_columns, BLOCK_C):
+            columns = c0 + tl.arange(0, BLOCK_C)
+            if RESIDENT:
+                slab_row, exists = columns.to(tl.int64), columns < num_columns
+                coefficient = resident_coefficients(
+                    columns, rows, num_columns, num_entries, row_entry_ptr, scaling_ptr, weights_ptr
+                )
             else:
-                u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-                for split in range(num_splits):
-                    u += tl.load(
-                        u_ptr + split * stride_us + tokens[:, None] * stride_ut + columns[None, :],
-                        mask=in_x[:, None] & (columns < num_columns)[None, :],
-                        other=0.0,
-                    )
-            b = tl.load(
-                B_ptr + columns[:, None].to(tl.int64) * out_features + n[None, :],
-                mask=(columns < num_columns)[:, None] & in_y[None, :],
-                other=0.0,
-            )  # [BLOCK_C, BLOCK_N]
-            update = mixed_dot(weighted(u, coefficient), b.to(tl.float32), update, PRECISION)
+                slab_row, exists, of_row = gather_columns(
+                    columns,
+                    row,
+                    start_ptr,
+                    rank_ptr,
+                    scaling_ptr,
+                    indices_ptr,
+                    weights_ptr,
+                    num_entries,
+                    top_k,
+                    max_rank,
+                )
+                coefficient = tl.where((rows == row)[:, None], of_row[None, :], 0.0)
+            used = tl.max((coefficient != 0).to(tl.int32), 1)
+            active = tl.maximum(active, used)
+            if tl.max(used, 0) > 0:  # columns that no token of the tile uses cost nothing
+                b = tl.load(
+                    B_ptr + slab_row[:, None] * out_features + n[None, :],
+                    mask=exists[:, None] & in_y[None, :],
+                    other=0.0,
+                )  # [BLOCK_C, BLOCK_N]
+                if INLINE:
+                    u = inline_u
+                else:
+                    u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+                    for split in range(num_splits):
+                        u += tl.load(
+                            u_ptr + split * stride_us + tokens[:, None] * stride_ut + columns[None, :],
+                            mask=in_x[:, None] & (columns < num_columns)[None, :],
+                            other=0.0,
+                        )
+                update = mixed_dot(weighted(u, coefficient), b.to(tl.float32), update, PRECISION)
     if CHAIN:
         y = update
     else:
@@ -227,10 +267,17 @@ def _rows(num_tokens, num_rows, cu_seqlens):
     }
 
 
-def _fused_linear(x, weight, bias, u, A, B, routing, *, tiles, inline, pdl, transposed=False):
-    row_entry, scaling, weights, cu_seqlens = routing
+def _fused_linear(x, weight, bias, u, A, B, routing, *, max_rank, tiles, inline, pdl, transposed=False):
     num_tokens, in_features = x.shape
-    out_features, num_columns = B.shape[1], B.shape[0]
+    out_features, resident = B.shape[1], max_rank is None
+    if resident:
+        row_entry, scaling, weights, cu_seqlens = routing
+        start = rank = indices = None
+        num_columns, top_k, num_entries = B.shape[0], 1, scaling.shape[0]
+    else:
+        start, rank, scaling, indices, weights, cu_seqlens = routing
+        row_entry, top_k, num_entries = None, indices.shape[1], start.shape[0]
+        num_columns = top_k * max_rank
     y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
     num_programs = triton.cdiv(num_tokens, tiles["BLOCK_M"]) * triton.cdiv(out_features, tiles["BLOCK_N"])
     tma = tiles["TMA"] and not any(
@@ -252,11 +299,16 @@ def _fused_linear(x, weight, bias, u, A, B, routing, *, tiles, inline, pdl, tran
             A_ptr=A,
             B_ptr=B,
             row_entry_ptr=row_entry,
+            start_ptr=start,
+            rank_ptr=rank,
             scaling_ptr=scaling,
+            indices_ptr=indices,
             weights_ptr=weights,
             cu_seqlens_ptr=cu_seqlens,
             num_tokens=num_tokens,
-            num_entries=weights.shape[1],
+            num_entries=num_entries,
+            top_k=top_k,
+            max_rank=max_rank or 1,
             num_columns=num_columns,
             in_features=in_features,
             out_features=out_features,
@@ -265,6 +317,7 @@ def _fused_linear(x, weight, bias, u, A, B, routing, *, tiles, inline, pdl, tran
             stride_ut=num_columns,
             HAS_BIAS=bias is not None,
             INLINE=inline,
+            RESIDENT=resident,
             PRECISION=dot_precision(x),
             PDL=pdl,
             WEIGHT_IS_KN=transposed,
@@ -275,78 +328,88 @@ def _fused_linear(x, weight, bias, u, A, B, routing, *, tiles, inline, pdl, tran
     return y
 
 
-def fused_linear_fwd(x, weight, bias, A, B, routing, *, plan, u=None, save_u=False):
-    """(y [T, out], unweighted u [T, R] if `save_u`).  routing: (row_entry, scaling, weights, cu_seqlens).
+def fused_linear_fwd(x, weight, bias, A, B, routing, *, plan, max_rank=None, u=None, save_u=False):
+    """(y [T, out], unweighted u [T, C] if `save_u`).
 
-    u: [splits, T, R] made with x by `norm_shrink` or `silu_mul_shrink`.
+    routing: (row_entry, scaling, weights, cu_seqlens) of a resident pool, C = R; with max_rank, gathered:
+    (start, rank, scaling, indices, weights, cu_seqlens), C = top_k * max_rank.
+    u: [splits, T, C] made with x by `norm_shrink` or `silu_mul_shrink`.
     """
     tiles = plan["linear"]
     inline = plan["kernel"] == "inline" and u is None and not save_u and A.shape[0] <= tiles["BLOCK_C"]
     pdl = plan["pdl"] and not inline and u is None
     if not inline and u is None:
-        splits = 1 if save_u else plan["splits"]
-        u = shrink(
-            x, A, None, num_columns=A.shape[0], max_rank=1, tiles=plan["shrink"], splits=splits, pdl=pdl
-        )
-    y = _fused_linear(x, weight, bias, u, A, B, routing, tiles=tiles, inline=inline, pdl=pdl)
+        u = _rank_space(x, A, routing, max_rank, plan, splits=1 if save_u else plan["splits"], pdl=pdl)
+    settings = {"max_rank": max_rank, "tiles": tiles, "inline": inline, "pdl": pdl}
+    y = _fused_linear(x, weight, bias, u, A, B, routing, **settings)
     return y, (u[0] if u.shape[0] == 1 else u.sum(0)) if save_u else None
 
 
-def fused_linear_bwd(dy, x, u, weight, A, B, routing, *, plan, owned, needs):
+def _rank_space(x, A, routing, max_rank, plan, *, splits=1, pdl):
+    """u [splits, T, C] by a launch of its own."""
+    gathered = None if max_rank is None else routing
+    num_columns = A.shape[0] if max_rank is None else routing[3].shape[1] * max_rank
+    settings = {"num_columns": num_columns, "max_rank": max_rank or 1, "tiles": plan["shrink"]}
+    return shrink(x, A, gathered, **settings, splits=splits, pdl=pdl)
+
+
+def fused_linear_bwd(dy, x, u, weight, A, B, routing, *, plan, owned, needs, max_rank=None):
     """(dx, dA, dB, dweights, g = B dy) at dy [T, out]; dA and dB: the slab rows `owned`.
 
     The first four are None unless `needs` asks. dx includes the frozen linear's dy W. dweights is 0 where
-    the weight is 0, as in `mixture`.
+    the weight is 0, as in `mixture`.  routing, max_rank: as in `fused_linear_fwd`.
     """
-    row_entry, scaling, weights, cu_seqlens = routing
-    num_rows, num_entries = weights.shape
-    num_columns = u.shape[1]
-    needs_x, needs_A, needs_B, needs_weights = needs
-    dx = dA = dB = dweights = None
-    g = shrink(dy, B, None, num_columns=num_columns, max_rank=1, tiles=plan["shrink"], pdl=plan["pdl"])
+    g = _rank_space(dy, B, routing, max_rank, plan, pdl=plan["pdl"])
+    settings = {"plan": plan, "owned": owned, "needs": needs[1:]}
     with beside(x) as join:
-        if needs_A or needs_B:
-            dA, dB = _factor_grads(dy, x, u, g[0], routing, plan, owned, needs_A, needs_B)
-        if needs_weights:
-            products = row_products(u, g[0], num_rows, cu_seqlens, tiles=plan["weights"])
-            entries = torch.arange(num_entries, dtype=row_entry.dtype, device=x.device)
-            of_entry = (row_entry[:num_columns, None] == entries).float() * scaling  # [R, entries]
-            dweights = torch.where(weights == 0, 0.0, products @ of_entry)
-    if needs_x:
-        settings = {"tiles": plan["linear"], "inline": False, "pdl": plan["pdl"], "transposed": True}
-        dx = _fused_linear(dy, weight, None, g, B, A, routing, **settings)
+        if max_rank is None:
+            grads = _resident_grads(dy, x, u, g[0], routing, **settings)
+        else:
+            grads = pool_grads(dy, x, u, g[0], routing, max_rank=max_rank, **settings)
+    dx = None
+    if needs[0]:
+        settings = {"max_rank": max_rank, "tiles": plan["linear"], "inline": False, "pdl": plan["pdl"]}
+        dx = _fused_linear(dy, weight, None, g, B, A, routing, **settings, transposed=True)
     join()
-    return dx, dA, dB, dweights, g[0]
+    return dx, *grads, g[0]
 
 
-def _factor_grads(dy, x, u, g, routing, plan, owned, needs_A, needs_B):
-    """(dA, dB) of the slab rows `owned`, None where not needed."""
+def _resident_grads(dy, x, u, g, routing, *, plan, owned, needs):
+    """(dA, dB, dweights) of a resident pool, None where `needs` asks for none.  u, g: [T, R] fp32."""
     row_entry, scaling, weights, cu_seqlens = routing
     num_tokens, num_columns = u.shape
     num_rows, num_entries = weights.shape
     num_owned, tiles = owned[1] - owned[0], plan["coefficients"]
-    owned_u, owned_g = torch.empty(2, num_tokens, num_owned, dtype=torch.float32, device=x.device)
-    if num_tokens and num_owned:
-        _fused_linear_coefficients_bwd_kernel[
-            (triton.cdiv(num_tokens, tiles["BLOCK_T"]), triton.cdiv(num_owned, tiles["BLOCK_C"]))
-        ](
-            u,
-            g,
-            owned_u,
-            owned_g,
-            row_entry,
-            scaling,
-            weights,
-            cu_seqlens,
-            num_tokens=num_tokens,
-            num_entries=num_entries,
-            num_columns=num_columns,
-            owned_begin=owned[0],
-            num_owned=num_owned,
-            **_rows(num_tokens, num_rows, cu_seqlens),
-            **tiles,
-        )
-    settings = {"tiles": plan["factors"], "splits": plan["splits"]}
-    dA = factor_grads(owned_g, x, **settings) if needs_A else None
-    dB = factor_grads(owned_u, dy, **settings) if needs_B else None
-    return dA, dB
+    needs_A, needs_B, needs_weights = needs
+    dA = dB = dweights = None
+    if needs_A or needs_B:
+        owned_u, owned_g = torch.empty(2, num_tokens, num_owned, dtype=torch.float32, device=x.device)
+        if num_tokens and num_owned:
+            _fused_linear_coefficients_bwd_kernel[
+                (triton.cdiv(num_tokens, tiles["BLOCK_T"]), triton.cdiv(num_owned, tiles["BLOCK_C"]))
+            ](
+                u,
+                g,
+                owned_u,
+                owned_g,
+                row_entry,
+                scaling,
+                weights,
+                cu_seqlens,
+                num_tokens=num_tokens,
+                num_entries=num_entries,
+                num_columns=num_columns,
+                owned_begin=owned[0],
+                num_owned=num_owned,
+                **_rows(num_tokens, num_rows, cu_seqlens),
+                **tiles,
+            )
+        settings = {"tiles": plan["factors"], "splits": plan["splits"]}
+        dA = factor_grads(owned_g, x, **settings) if needs_A else None
+        dB = factor_grads(owned_u, dy, **settings) if needs_B else None
+    if needs_weights:
+        products = row_products(u, g, num_rows, cu_seqlens, tiles=plan["weights"])
+        entries = torch.arange(num_entries, dtype=row_entry.dtype, device=x.device)
+        of_entry = (row_entry[:num_columns, None] == entries).float() * scaling  # [R, entries]
+        dweights = torch.where(weights == 0, 0.0, products @ of_entry)
+    return dA, dB, dweights

@@ -524,8 +524,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def beside(x):
-    """Launches inside run beside those that follow: on a second stream of x's device, after all that is queued
-    so far. Yields `join`, which makes the current stream wait for them.
+    """Launches inside run beside those that follow: on a second stream of x's device, after all that is
+    queued so far. Yields `join`, which makes the current stream wait for them.
 
     For passes bound by memory beside a product bound by its operations. Their priority is the higher one: few
     programs that stay on few multiprocessors, while the product fills the others.
@@ -626,33 +626,34 @@ def mixture_bwd(dy, x, u, A, B, routing, *, max_rank, plan, owned, needs):
 
     The first four are None unless `needs` asks for them.  u: [T, top_k * max_rank] fp32 from `mixture_fwd`.
     """
-    start, rank, scaling, indices, weights, cu_seqlens = routing
-    num_rows, top_k = indices.shape
-    num_tokens, num_columns = u.shape
-    needs_x, needs_A, needs_B, needs_weights = needs
-    num_owned = owned[1] - owned[0]
-    dx = dA = dB = dweights = None
-    g = shrink(dy, B, routing, num_columns=num_columns, max_rank=max_rank, tiles=plan["shrink"])
-    if needs_x:
+    g = shrink(dy, B, routing, num_columns=u.shape[1], max_rank=max_rank, tiles=plan["shrink"])
+    dx = None
+    if needs[0]:
         # Every token is written, but for those that cu_seqlens leaves out.
-        whole = cu_seqlens is None and num_columns > 0
+        whole = routing[5] is None and u.shape[1] > 0
         dx = torch.empty_like(x) if whole else torch.zeros_like(x)
         expand(g, dx, A, routing, max_rank=max_rank, tiles=plan["expand"], accumulate=False)
-    g = g[0]
-    if (needs_A or needs_B) and num_owned:
+    grads = pool_grads(dy, x, u, g[0], routing, max_rank=max_rank, plan=plan, owned=owned, needs=needs[1:])
+    return dx, *grads, g[0]
+
+
+def pool_grads(dy, x, u, g, routing, *, max_rank, plan, owned, needs):
+    """(dA, dB, dweights) of gathered entries, None where `needs` asks for none.  u, g: [T, columns] fp32."""
+    start, rank, scaling, indices, weights, cu_seqlens = routing
+    num_rows, top_k = indices.shape
+    needs_A, needs_B, needs_weights = needs
+    dA = dB = dweights = None
+    if needs_A or needs_B:
         owned_u, owned_g = owned_coefficients(u, g, routing, max_rank=max_rank, plan=plan, owned=owned)
-        splits = plan["splits"]
-        dA = factor_grads(owned_g, x, tiles=plan["factors"], splits=splits) if needs_A else None
-        dB = factor_grads(owned_u, dy, tiles=plan["factors"], splits=splits) if needs_B else None
-    elif needs_A or needs_B:
-        dA = torch.zeros(0, A.shape[1], device=x.device) if needs_A else None
-        dB = torch.zeros(0, B.shape[1], device=x.device) if needs_B else None
+        settings = {"tiles": plan["factors"], "splits": plan["splits"]}
+        dA = factor_grads(owned_g, x, **settings) if needs_A else None
+        dB = factor_grads(owned_u, dy, **settings) if needs_B else None
     if needs_weights:
         products = row_products(u, g, num_rows, cu_seqlens, tiles=plan["weights"])
         of_pick = scaling[indices.long().clamp(0, max(start.shape[0] - 1, 0))] if start.shape[0] else 0.0
         dweights = products.view(num_rows, top_k, max_rank).sum(-1) * of_pick
         dweights = torch.where(weights == 0, 0.0, dweights)
-    return dx, dA, dB, dweights, g
+    return dA, dB, dweights
 
 
 def owned_coefficients(u, g, routing, *, max_rank, plan, owned, weighted=True):
@@ -664,7 +665,7 @@ def owned_coefficients(u, g, routing, *, max_rank, plan, owned, weighted=True):
     num_programs, arguments = routing_arguments(
         routing, num_tokens, max_rank=max_rank, block=tiles["BLOCK_T"]
     )
-    if num_programs:
+    if num_programs and num_owned:
         _mixture_coefficients_bwd_kernel[(num_programs, triton.cdiv(num_owned, tiles["BLOCK_C"]))](
             u_ptr=u,
             g_ptr=g,
