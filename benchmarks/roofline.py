@@ -201,9 +201,7 @@ def count_fused_linear(
     return count_linear(tokens, in_features, out_features) + update
 
 
-def count_segments(
-    tokens: int, in_features: int, out_features: int, tiles: LinearTiles
-) -> tuple[Cost, Cost]:
+def count_segments(tokens: int, in_features: int, out_features: int, tiles: LinearTiles) -> tuple[Cost, Cost]:
     """(u = A x, the linear with the mixture) of gathered entries: a tile expands its rows' columns."""
     columns, rows = TOP_K * RANK, distinct(tokens) * RANK
     expanded = columns * math.ceil(tiles.block_m / ROW)

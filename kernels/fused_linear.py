@@ -1,18 +1,26 @@
-"""A frozen linear and the mixture of a resident pool in one kernel, forward and backward.
+"""A frozen linear and the mixture in one kernel, forward and backward.
 
-    y[t] = W x[t] + bias + sum_c w[b, entry(c)] * scaling[entry(c)] * B[c] <A[c], x[t]>,   b = row of token t
+    y[t] = W x[t] + bias + sum_c coefficient[b, c] * B[c] <A[c], x[t]>,   b = row of token t
 
-over all R slab rows c of the pool; the routing is the dense matrix w [rows, entries], so between two steps
-only its numbers change. Symbols: T tokens, R slab rows, s bytes of an element.
+over rank columns c. Two ways to say which columns a token has:
+
+    resident  all R slab rows of the pool, the same for every token; the routing is the dense matrix w [rows,
+              entries], so between two steps only its numbers change. For decoding with small pools.
+    gathered  the C = top_k * max_rank columns of the row's own picks, from a pool of any size. A tile walks
+              over the rows that its tokens belong to: for rows of many tokens (prefill, training).
+
+Symbols: T tokens, s bytes of an element. Columns that no token of a tile has a weight for cost that tile
+nothing.
 
 Grid: (T / BLOCK_M) x (out / BLOCK_N) programs, grouped so that neighbours share tiles in L2. The update has
 its own accumulator (two dots chained into one are wrong on some sm_103 compilers, and a token without weights
-must get exactly what the linear alone computes).
+must get exactly what the linear alone computes) except where the plan says CHAIN.
 
 The rank-space vector u = A x comes from one of three places:
  * `norm_shrink` or `silu_mul_shrink` made it with x. Bytes added to the linear: R out s + 4 T R.
- * inline: a second accumulator over the x tiles that the linear loads anyway. One launch, but every block of
-   outputs reads all of A from L2: L2 bytes grow by R / BLOCK_N of the weight's. For few slab rows.
+ * inline (resident only): a second accumulator over the x tiles that the linear loads anyway. One launch, but
+   every block of outputs reads all of A from L2: L2 bytes grow by R / BLOCK_N of the weight's. For few slab
+   rows.
  * its own small launch. On sm_90 and later the linear starts at once (programmatic dependent launch), streams
    its weights while the shrink runs on the idle multiprocessors, and waits for u only before its epilogue.
 
@@ -22,9 +30,15 @@ What is left is the epilogue (B, u: 0.25 us) and the gap between two dependent l
 measured): expected 6-10% with its own launch, 3% behind `norm_shrink`. Inline at R = 96 moves 33.6 * 96 / 64
 = 50 MB more through L2 (5.5 TB/s: 9 us) and loses; at R = 16 it moves 8 MB, hidden behind 10 us of weights.
 
-Prefill and training: 2 T in out operations, + 2 T R (in + out): R = 96 is 4.7% more, half of it in the
-shrink (memory-bound: x once more, from L2). The dx of training is the same kernel with W transposed and A, B
-swapped.
+Prefill and training, 4096 tokens in rows of 128, K=2, r=8: the linear is bound by its 137 GFLOP, 172 us at
+800 TFLOP/s. Gathered, the update adds 0.4% of them in the shrink and 0.8% (tf32 at half the rate) in the
+epilogue: floor 1.2%; the shrink's own pass over x, 33.6 MB = 10 us, is hidden only as far as it overlaps with
+the product (floor 6.8% if it does not). Resident with R = 96: 3.9% and 7.8%. `benchmarks/roofline.py` counts
+all of it.
+
+Backward: dx = dy W + coefficient * g A is the same kernel with W transposed and A, B swapped, after g = B dy.
+dA and dB read x and dy once more, 67 MB = 20 us: on a second stream beside dx, which is bound by operations.
+Floor 4.3% over the frozen dx gathered, 7.0% resident, 19-21% if nothing overlaps.
 """
 
 import torch

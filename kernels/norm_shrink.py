@@ -339,11 +339,12 @@ def _norm_shrink_bwd_kernel(
             tl.store(h_ptr + rows + n[None, :], normalize(x, weight, rstd), mask=mask)
 
 
-def launch_columns(x, A, routing, *, max_rank, block, resident):
+def launch_columns(x, A, routing, *, max_rank, block):
     """(tiles of tokens, rank columns, the launch arguments that say which tokens and slab rows they are)."""
+    resident = routing is None
     num_tokens, in_features = x.shape
     num_programs, arguments = routing_arguments(
-        None if resident else routing, num_tokens, max_rank=max_rank, block=block, num_columns=A.shape[0]
+        routing, num_tokens, max_rank=max_rank, block=block, num_columns=A.shape[0]
     )
     num_columns = arguments["num_columns"]
     arguments |= {"in_features": in_features, "RESIDENT": resident, "PRECISION": dot_precision(x)}
@@ -358,12 +359,12 @@ def slab_pointers(A: list[torch.Tensor]) -> dict:
     return {f"A{i}_ptr": A[i] if i < len(A) else None for i in range(4)} | {"LINEARS": len(A)}
 
 
-def slab_grads(du, h, routing, *, max_rank, plan, owned, resident) -> list[torch.Tensor]:
+def slab_grads(du, h, routing, *, max_rank, plan, owned) -> list[torch.Tensor]:
     """dA of every linear's owned slab rows, [num_owned, in] fp32.  du: [linears, T, C] fp32, h: [T, in]."""
     begin, end = owned
-    if begin == end or not (resident or routing[3].numel()):
+    if begin == end or (routing is not None and not routing[3].numel()):
         return [torch.zeros(end - begin, h.shape[1], dtype=torch.float32, device=h.device) for _ in du]
-    if resident:
+    if routing is None:
         spread = [g[:, begin:end].contiguous() for g in du]
     else:
         spread = []
@@ -375,20 +376,21 @@ def slab_grads(du, h, routing, *, max_rank, plan, owned, resident) -> list[torch
     return [factor_grads(spread[i], h, tiles=plan["factors"], splits=plan["splits"]) for i in range(len(du))]
 
 
-def norm_shrink_fwd(x, weight, eps, A, routing, *, max_rank, plan, resident=False):
+def norm_shrink_fwd(x, weight, eps, A, routing, *, max_rank, plan, splits=None):
     """(h [T, in], u [linears, splits, T, C] fp32): RMSNorm of x, and the unweighted <A[l] rows, h>.
 
     Args: x: [T, in], weight: [in], of one dtype.  A: 1 to 4 slabs [total_rank, in] with the same slab rows.
-    routing: (start, rank, scaling, indices, weights, cu_seqlens), C = top_k * max_rank; with `resident` it
-    may be None and C = total_rank.  plan: "splits", "pdl", "forward": BLOCK_T (1, 16 or 32), BLOCK_C,
-    BLOCK_K, BLOCK_S, num_warps, num_stages.
+    routing: (start, rank, scaling, indices, weights, cu_seqlens), C = top_k * max_rank; None: columns are
+    slab rows, C = total_rank.  plan: "splits", "pdl", "forward": BLOCK_T (1, 16 or 32), BLOCK_C, BLOCK_K,
+    BLOCK_S, num_warps, num_stages.  splits: exactly so many, instead of the plan's or as few as the blocks.
     """
     tiles, pdl = plan["forward"], plan["pdl"]
     num_programs, num_columns, arguments = launch_columns(
-        x, A[0], routing, max_rank=max_rank, block=tiles["BLOCK_T"], resident=resident
+        x, A[0], routing, max_rank=max_rank, block=tiles["BLOCK_T"]
     )
     num_tokens, in_features = x.shape
-    blocks_per_split, splits = split_blocks(in_features, tiles["BLOCK_K"], plan["splits"])
+    blocks_per_split, filled = split_blocks(in_features, tiles["BLOCK_K"], splits or plan["splits"])
+    splits = splits or filled  # those beyond the blocks are 0
     h = torch.empty_like(x)
     u = torch.empty(len(A), splits, num_tokens, num_columns, dtype=torch.float32, device=x.device)
     if num_programs:
@@ -412,9 +414,7 @@ def norm_shrink_fwd(x, weight, eps, A, routing, *, max_rank, plan, resident=Fals
     return h, u
 
 
-def norm_shrink_bwd(
-    dh, du, x, weight, eps, u, A, routing, *, max_rank, plan, owned, needs, h=None, resident=False
-):
+def norm_shrink_bwd(dh, du, x, weight, eps, u, A, routing, *, max_rank, plan, owned, needs, h=None):
     """(dx [T, in], [dA of each linear]) at dh [T, in] and du [linears, T, C]; None unless `needs` asks.
 
     Args: du, u: [linears, T, C] fp32; u is the forward's, its splits summed, du its gradient (0 where the
@@ -424,7 +424,7 @@ def norm_shrink_bwd(
     """
     tiles = plan["backward"]
     num_programs, num_columns, arguments = launch_columns(
-        x, A[0], routing, max_rank=max_rank, block=tiles["BLOCK_T"], resident=resident
+        x, A[0], routing, max_rank=max_rank, block=tiles["BLOCK_T"]
     )
     needs_x, needs_A = needs
     writes_h = needs_A and h is None and owned[0] < owned[1]
@@ -454,5 +454,5 @@ def norm_shrink_bwd(
             )
     if needs_A:
         h = x if h is None else h  # nothing is owned: only its shape is looked at
-        dA = slab_grads(du, h, routing, max_rank=max_rank, plan=plan, owned=owned, resident=resident)
+        dA = slab_grads(du, h, routing, max_rank=max_rank, plan=plan, owned=owned)
     return dx if needs_x else None, dA

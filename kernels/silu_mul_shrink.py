@@ -205,19 +205,21 @@ def _silu_mul_shrink_bwd_kernel(
         tl.store(h_ptr + at, (active * up).to(gate.dtype), mask=mask)
 
 
-def silu_mul_shrink_fwd(gate, up, A, routing, *, max_rank, plan, resident=False):
+def silu_mul_shrink_fwd(gate, up, A, routing, *, max_rank, plan, splits=None):
     """(h [T, in], u [splits, T, C] fp32): silu(gate) * up, and the unweighted <A rows, h>.
 
     Args: gate, up: [T, in], of one dtype.  A: [total_rank, in].  routing: (start, rank, scaling, indices,
-    weights, cu_seqlens), C = top_k * max_rank; with `resident` it may be None and C = total_rank.
+    weights, cu_seqlens), C = top_k * max_rank; None: columns are slab rows, C = total_rank.
     plan: "splits", "pdl", "forward": BLOCK_T (1, 16 or 32), BLOCK_C, BLOCK_K, num_warps, num_stages.
+    splits: exactly so many, instead of the plan's or as few as the blocks.
     """
     tiles, pdl = plan["forward"], plan["pdl"]
     num_programs, num_columns, arguments = launch_columns(
-        gate, A, routing, max_rank=max_rank, block=tiles["BLOCK_T"], resident=resident
+        gate, A, routing, max_rank=max_rank, block=tiles["BLOCK_T"]
     )
     num_tokens, in_features = gate.shape
-    blocks_per_split, splits = split_blocks(in_features, tiles["BLOCK_K"], plan["splits"])
+    blocks_per_split, filled = split_blocks(in_features, tiles["BLOCK_K"], splits or plan["splits"])
+    splits = splits or filled  # those beyond the blocks are 0
     h = torch.empty_like(gate)
     u = torch.empty(splits, num_tokens, num_columns, dtype=torch.float32, device=gate.device)
     if num_programs:
@@ -239,9 +241,7 @@ def silu_mul_shrink_fwd(gate, up, A, routing, *, max_rank, plan, resident=False)
     return h, u
 
 
-def silu_mul_shrink_bwd(
-    dh, du, gate, up, A, routing, *, max_rank, plan, owned, needs, h=None, resident=False
-):
+def silu_mul_shrink_bwd(dh, du, gate, up, A, routing, *, max_rank, plan, owned, needs, h=None):
     """(dgate, dup, dA) at dh [T, in] and du [T, C]; None unless `needs` asks for it.
 
     Args: du: [T, C] fp32, the gradient of the unweighted u (0 where the weight is 0).  owned: slab rows
@@ -251,7 +251,7 @@ def silu_mul_shrink_bwd(
     """
     tiles = plan["backward"]
     num_programs, num_columns, arguments = launch_columns(
-        gate, A, routing, max_rank=max_rank, block=tiles["BLOCK_T"], resident=resident
+        gate, A, routing, max_rank=max_rank, block=tiles["BLOCK_T"]
     )
     needs_inputs, needs_A = needs
     writes_h = needs_A and h is None and owned[0] < owned[1]
@@ -275,5 +275,5 @@ def silu_mul_shrink_bwd(
             )
     if needs_A:
         h = gate if h is None else h  # nothing is owned: only its shape is looked at
-        (dA,) = slab_grads(du[None], h, routing, max_rank=max_rank, plan=plan, owned=owned, resident=resident)
+        (dA,) = slab_grads(du[None], h, routing, max_rank=max_rank, plan=plan, owned=owned)
     return (dgate, dup, dA) if needs_inputs else (None, None, dA)

@@ -25,6 +25,11 @@ def _kept(grads: tuple, needs: list[bool], x: Tensor) -> tuple[Tensor, ...]:
     return tuple(g.contiguous() if need else _empty(x) for g, need in zip(grads, needs, strict=True))
 
 
+def _copy_of_given(saved: Tensor | None, u: Tensor | None) -> Tensor | None:
+    """What a forward saves, copied where it is the only split of the given u: no output may be an input."""
+    return saved.clone() if u is not None and u.shape[0] == 1 and saved is not None else saved
+
+
 def _fake_grads(x, A, B, weights, saved, num_owned, needs):
     """Fakes of (dx, dA, dB, dweights, du)."""
     shapes = (x.shape, (num_owned, A.shape[1]), (num_owned, B.shape[1]), weights.shape, saved.shape)
@@ -127,6 +132,7 @@ def mixture(
     out = y.contiguous().clone()
     routing = (start, rank, scaling, indices, weights, cu_seqlens)
     saved = autograd.mixture_forward(_select(x, backend), out, x, A, B, routing, max_rank, u, save_u=True)
+    saved = _copy_of_given(saved, u)
     num_tokens, columns = x.shape[:-1].numel(), indices.shape[1] * max_rank
     return out, x.new_zeros(num_tokens, columns, dtype=torch.float32) if saved is None else saved
 
@@ -237,6 +243,7 @@ def fused_linear(
     """y, and the unweighted u for the backward if `save_u`."""
     chosen, routing = _select(x, backend), (row_entry, scaling, weights, cu_seqlens)
     y, saved = autograd.fused_linear_forward(chosen, x, weight, bias, A, B, routing, u, save_u)
+    saved = _copy_of_given(saved, u)
     if save_u and saved is None:
         saved = x.new_zeros(x.shape[0], A.shape[0], dtype=torch.float32)
     return y, saved if save_u else _empty(x)
@@ -303,3 +310,168 @@ def _fused_linear_gradients(ctx, dy, _):
 
 
 fused_linear.register_autograd(_fused_linear_gradients, setup_context=_fused_linear_context)
+
+
+# ---- the ops that make u for those above
+#
+# The compiler has to know the number of splits, and thus the backend: both are chosen while it traces.
+# routing: (start, rank, scaling, indices, weights), empty if the columns of u are the slab rows.
+
+
+def _routing(routing: list[Tensor], cu_seqlens: Tensor | None) -> tuple | None:
+    return (*routing, cu_seqlens) if routing else None
+
+
+def _fake_u(x: Tensor, A: Tensor, routing: list[Tensor], max_rank: int, *leading: int) -> Tensor:
+    columns = dispatch.num_columns(A, routing or None, max_rank)
+    return x.new_empty(*leading, x.shape[0], columns, dtype=torch.float32)
+
+
+@torch.library.custom_op("slm_fast::norm_shrink", mutates_args=())
+def norm_shrink(
+    x: Tensor,
+    A_owned: list[Tensor],
+    weight: Tensor,
+    eps: float,
+    A: list[Tensor],
+    routing: list[Tensor],
+    cu_seqlens: Tensor | None,
+    max_rank: int,
+    owned_begin: int,
+    owned_end: int,
+    splits: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    routing = _routing(routing, cu_seqlens)
+    return autograd.norm_shrink_forward(backend, x, weight, eps, A, routing, max_rank, splits)
+
+
+@norm_shrink.register_fake
+def _(x, A_owned, weight, eps, A, routing, cu_seqlens, max_rank, begin, end, splits, backend):
+    return x.new_empty(x.shape), _fake_u(x, A[0], routing, max_rank, len(A), splits)
+
+
+@torch.library.custom_op("slm_fast::norm_shrink_backward", mutates_args=())
+def norm_shrink_backward(
+    dh: Tensor,
+    du: Tensor,
+    x: Tensor,
+    h: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    eps: float,
+    A: list[Tensor],
+    routing: list[Tensor],
+    cu_seqlens: Tensor | None,
+    max_rank: int,
+    owned_begin: int,
+    owned_end: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """dx, empty if not needed, and the dA of each slab, none if not needed."""
+    routing, owned = _routing(routing, cu_seqlens), (owned_begin, owned_end)
+    dx, dA = autograd.norm_shrink_backward(
+        backend, dh, du, x, h, u, weight, eps, A, routing, max_rank, owned, tuple(needs)
+    )
+    return dx.contiguous() if needs[0] else _empty(x), dA if needs[1] else []
+
+
+@norm_shrink_backward.register_fake
+def _(dh, du, x, h, u, weight, eps, A, routing, cu_seqlens, max_rank, begin, end, backend, needs):
+    dA = [slab.new_empty(end - begin, slab.shape[1], dtype=torch.float32) for slab in A]
+    return x.new_empty(x.shape) if needs[0] else _empty(x), dA if needs[1] else []
+
+
+def _norm_shrink_context(ctx, inputs, output):
+    x, A_owned, weight, ctx.eps, A, routing, cu_seqlens, *ctx.settings, _, ctx.backend = inputs
+    ctx.save_for_backward(x, *output, weight, cu_seqlens, *A, *routing)
+    ctx.sizes, ctx.grad_dtypes = (len(A), len(routing)), [p.dtype for p in A_owned]
+
+
+def _norm_shrink_gradients(ctx, dh, du):
+    x, h, u, weight, cu_seqlens, *rest = ctx.saved_tensors
+    linears, num_routing = ctx.sizes
+    A, routing = rest[:linears], rest[linears:]
+    needs = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])]
+    dx, dA = norm_shrink_backward(
+        dh, du, x, h, u, weight, ctx.eps, A, routing, cu_seqlens, *ctx.settings, ctx.backend, needs
+    )
+    dA = autograd.slab_leaf_grads(dA, needs[1], ctx.grad_dtypes)
+    return dx if needs[0] else None, dA, None, None, [None] * linears, [None] * num_routing, *(None,) * 6
+
+
+norm_shrink.register_autograd(_norm_shrink_gradients, setup_context=_norm_shrink_context)
+
+
+@torch.library.custom_op("slm_fast::silu_mul_shrink", mutates_args=())
+def silu_mul_shrink(
+    gate: Tensor,
+    up: Tensor,
+    A_owned: Tensor | None,
+    A: Tensor,
+    routing: list[Tensor],
+    cu_seqlens: Tensor | None,
+    max_rank: int,
+    owned_begin: int,
+    owned_end: int,
+    splits: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    routing = _routing(routing, cu_seqlens)
+    return autograd.silu_mul_shrink_forward(backend, gate, up, A, routing, max_rank, splits)
+
+
+@silu_mul_shrink.register_fake
+def _(gate, up, A_owned, A, routing, cu_seqlens, max_rank, begin, end, splits, backend):
+    return gate.new_empty(gate.shape), _fake_u(gate, A, routing, max_rank, splits)
+
+
+@torch.library.custom_op("slm_fast::silu_mul_shrink_backward", mutates_args=())
+def silu_mul_shrink_backward(
+    dh: Tensor,
+    du: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    h: Tensor,
+    A: Tensor,
+    routing: list[Tensor],
+    cu_seqlens: Tensor | None,
+    max_rank: int,
+    owned_begin: int,
+    owned_end: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    routing, owned = _routing(routing, cu_seqlens), (owned_begin, owned_end)
+    grads = autograd.silu_mul_shrink_backward(
+        backend, dh, du, gate, up, h, A, routing, max_rank, owned, tuple(needs)
+    )
+    return _kept(grads, needs, gate)
+
+
+@silu_mul_shrink_backward.register_fake
+def _(dh, du, gate, up, h, A, routing, cu_seqlens, max_rank, begin, end, backend, needs):
+    dA = A.new_empty(end - begin, A.shape[1], dtype=torch.float32)
+    grads = (gate.new_empty(gate.shape), up.new_empty(up.shape), dA)
+    return tuple(g if need else _empty(gate) for g, need in zip(grads, needs, strict=True))
+
+
+def _silu_mul_shrink_context(ctx, inputs, output):
+    gate, up, A_owned, A, routing, cu_seqlens, *ctx.settings, _, ctx.backend = inputs
+    ctx.save_for_backward(gate, up, output[0], A, cu_seqlens, *routing)
+    ctx.grad_dtype = None if A_owned is None else A_owned.dtype
+
+
+def _silu_mul_shrink_gradients(ctx, dh, du):
+    gate, up, h, A, cu_seqlens, *routing = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = silu_mul_shrink_backward(
+        dh, du, gate, up, h, A, routing, cu_seqlens, *ctx.settings, ctx.backend, needs
+    )
+    dgate, dup, dA = (g if need else None for g, need in zip(grads, needs, strict=True))
+    dA = None if dA is None else dA.to(ctx.grad_dtype)
+    return dgate, dup, dA, None, [None] * len(routing), *(None,) * 6
+
+
+silu_mul_shrink.register_autograd(_silu_mul_shrink_gradients, setup_context=_silu_mul_shrink_context)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import operator
 import os
 
 import torch
@@ -23,6 +24,7 @@ except ImportError as error:
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WEIGHTING_CODES = {"similarity": 0, "softmax": 1, "uniform": 2}
+LONG_ROW = 64  # tokens of a row from which on a tile of the fused kernel meets few rows
 
 
 @functools.cache
@@ -233,19 +235,21 @@ def find_plan(op: str, phase: str, x: Tensor, columns: int, in_features: int, ou
     return found if x.is_cuda else found | {"pdl": False}
 
 
-def prefers_fused(x: Tensor, columns: int, in_features: int, out_features: int) -> bool:
-    """Whether the plan table gives a frozen linear with a pool of `columns` slab rows to `fused_linear`.
+def linear_op(x: Tensor, num_rows: int, columns: int, in_features: int, out_features: int) -> str:
+    """The op that the plan table gives to a frozen linear with a pool of `columns` slab rows: "fused_linear",
+    "segment_linear" or "mixture" (after the linear). x: [tokens, in_features] of `num_rows` rows.
 
     A compiler asks once for any number of tokens: it gets the answer for few.
     """
     tokens = 0 if torch.compiler.is_compiling() else x.shape[0]
+    phase = "segments" if tokens >= LONG_ROW * num_rows else "forward"
     full = x.dtype == torch.float32
-    return _prefers_fused(str(x.device), full, tokens, columns, in_features, out_features)
+    return _linear_op(str(x.device), phase, full, tokens, columns, in_features, out_features)
 
 
 @torch.compiler.assume_constant_result
-def _prefers_fused(device: str, full: bool, *sizes: int) -> bool:
-    return plan.find(_architecture(device), "linear", "forward", full, *sizes)["kernel"] == "fused_linear"
+def _linear_op(device: str, phase: str, full: bool, *sizes: int) -> str:
+    return plan.find(_architecture(device), "linear", phase, full, *sizes)["kernel"]
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -302,15 +306,21 @@ def fused_linear_forward_gpu(
     A: Tensor,
     B: Tensor,
     routing: tuple,
+    max_rank: int | None,
     u: Tensor | None,
     save_u: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y [T, out_features], unweighted u [T, slab rows] if `save_u`)."""
+    """(y [T, out_features], unweighted u [T, columns] if `save_u`).
+
+    max_rank: None for a resident pool, whose routing is (row_entry, scaling, weights, cu_seqlens).
+    """
     from slm_fast.kernels import fused_linear
 
-    found = find_plan("fused_linear", "forward", x, A.shape[0], A.shape[1], B.shape[1])
+    columns = num_columns(A, None if max_rank is None else routing, max_rank)
+    found = find_plan("fused_linear", "forward", x, columns, A.shape[1], B.shape[1])
+    settings = {"max_rank": max_rank, "plan": found, "u": u, "save_u": save_u}
     with _on_device(x):
-        return fused_linear.fused_linear_fwd(x, weight, bias, A, B, routing, plan=found, u=u, save_u=save_u)
+        return fused_linear.fused_linear_fwd(x, weight, bias, A, B, routing, **settings)
 
 
 def fused_linear_backward_gpu(
@@ -321,17 +331,123 @@ def fused_linear_backward_gpu(
     A: Tensor,
     B: Tensor,
     routing: tuple,
+    max_rank: int | None,
     owned: tuple[int, int],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """(dx, dA, dB, dweights, g = B dy [T, slab rows]); dx includes the frozen linear's."""
+    """(dx, dA, dB, dweights, g = B dy [T, columns]); dx includes the frozen linear's."""
     from slm_fast.kernels import fused_linear
 
-    found = find_plan("fused_linear", "backward", x, A.shape[0], B.shape[1], A.shape[1])
+    columns = num_columns(A, None if max_rank is None else routing, max_rank)
+    found = find_plan("fused_linear", "backward", x, columns, B.shape[1], A.shape[1])
+    settings = {"max_rank": max_rank, "plan": found, "owned": owned, "needs": needs}
     with _on_device(x):
-        return fused_linear.fused_linear_bwd(
-            dy, x, u, weight, A, B, routing, plan=found, owned=owned, needs=needs
+        return fused_linear.fused_linear_bwd(dy, x, u, weight, A, B, routing, **settings)
+
+
+def num_columns(A: Tensor, routing: tuple | None, max_rank: int | None) -> int:
+    """Rank columns of a token: top_k * max_rank where entries are gathered, else the slab rows."""
+    return A.shape[0] if routing is None else routing[3].shape[1] * max_rank
+
+
+def shrink_splits(op: str, backend: str, x: Tensor, columns: int) -> int:
+    """The partial sums in which `norm_shrink` or `silu_mul_shrink` gives u while a compiler traces.
+
+    It asks once for any number of tokens: it gets the answer for few.
+    """
+    if backend != "gpu":
+        return 1
+    sizes = operator.index(columns), operator.index(x.shape[1])  # no symbols of a dynamic shape
+    return _shrink_splits(str(x.device), op, x.dtype == torch.float32, *sizes)
+
+
+@torch.compiler.assume_constant_result
+def _shrink_splits(device: str, op: str, full: bool, columns: int, in_features: int) -> int:
+    from slm_fast.kernels.mixture import split_blocks
+
+    found = plan.find(_architecture(device), op, "forward", full, 0, columns, in_features, in_features)
+    return split_blocks(in_features, found["forward"]["BLOCK_K"], found["splits"])[1]
+
+
+def norm_shrink_forward_gpu(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    A: list[Tensor],
+    routing: tuple | None,
+    max_rank: int,
+    splits: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(h [T, in_features], u [linears, splits, T, columns]); splits: None leaves them to the plan.
+
+    routing: (start, rank, scaling, indices, weights, cu_seqlens), None if the columns are the slab rows.
+    """
+    from slm_fast.kernels import norm_shrink
+
+    columns, features = num_columns(A[0], routing, max_rank), x.shape[1]
+    found = find_plan("norm_shrink", "forward", x, columns, features, features)
+    with _on_device(x):
+        return norm_shrink.norm_shrink_fwd(
+            x, weight, eps, A, routing, max_rank=max_rank, plan=found, splits=splits
         )
+
+
+def norm_shrink_backward_gpu(
+    dh: Tensor,
+    du: Tensor,
+    x: Tensor,
+    h: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    eps: float,
+    A: list[Tensor],
+    routing: tuple | None,
+    max_rank: int,
+    owned: tuple[int, int],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """(dx, dA of each slab), None unless `needs` asks for it; du, u: [linears, T, columns]."""
+    from slm_fast.kernels import norm_shrink
+
+    found = find_plan("norm_shrink", "backward", x, du.shape[-1], x.shape[1], x.shape[1])
+    settings = {"max_rank": max_rank, "plan": found, "owned": owned, "needs": needs, "h": h}
+    with _on_device(x):
+        return norm_shrink.norm_shrink_bwd(dh, du, x, weight, eps, u, A, routing, **settings)
+
+
+def silu_mul_shrink_forward_gpu(
+    gate: Tensor, up: Tensor, A: Tensor, routing: tuple | None, max_rank: int, splits: int | None
+) -> tuple[Tensor, Tensor]:
+    """(h [T, in_features], u [splits, T, columns]); see `norm_shrink_forward_gpu`."""
+    from slm_fast.kernels import silu_mul_shrink
+
+    columns, features = num_columns(A, routing, max_rank), gate.shape[1]
+    found = find_plan("silu_mul_shrink", "forward", gate, columns, features, features)
+    with _on_device(gate):
+        return silu_mul_shrink.silu_mul_shrink_fwd(
+            gate, up, A, routing, max_rank=max_rank, plan=found, splits=splits
+        )
+
+
+def silu_mul_shrink_backward_gpu(
+    dh: Tensor,
+    du: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    h: Tensor,
+    A: Tensor,
+    routing: tuple | None,
+    max_rank: int,
+    owned: tuple[int, int],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dgate, dup, dA), None unless `needs` = (dgate and dup, dA) asks for it; du: [T, columns]."""
+    from slm_fast.kernels import silu_mul_shrink
+
+    found = find_plan("silu_mul_shrink", "backward", gate, du.shape[-1], gate.shape[1], gate.shape[1])
+    settings = {"max_rank": max_rank, "plan": found, "owned": owned, "needs": needs, "h": h}
+    with _on_device(gate):
+        return silu_mul_shrink.silu_mul_shrink_bwd(dh, du, gate, up, A, routing, **settings)
 
 
 def cuda_devices() -> str:

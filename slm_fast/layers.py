@@ -88,7 +88,8 @@ class MixtureLinear(nn.Module):
             )
         flat = x.reshape(-1, x.shape[-1])
         owned = {"A_owned": factors.A_owned, "B_owned": factors.B_owned, "owned": factors.owned}
-        if self._fuses(flat):
+        op = self._op(flat, rows)
+        if op == "fused_linear":
             used = slice(pool.num_rows)
             y = ops.fused_linear(
                 flat,
@@ -103,33 +104,29 @@ class MixtureLinear(nn.Module):
                 backend=pool.backend,
             )
         else:
-            y = self.base_layer(flat)
-            y = ops.mixture(
-                y,
-                flat if flat.dtype == y.dtype else flat.to(y.dtype),
-                factors.A,
-                factors.B,
-                pool.start,
-                pool.rank,
-                pool.scaling,
-                routing.indices,
-                routing.weights,
-                max_rank=pool.max_rank,
-                **owned,
-                backend=pool.backend,
-            )
+            gathered = (factors.A, factors.B, pool.start, pool.rank, pool.scaling, *routing[:2])
+            owned |= {"max_rank": pool.max_rank, "backend": pool.backend}
+            if op == "segment_linear":
+                y = ops.segment_linear(flat, self.weight, self.bias, *gathered, **owned)
+            else:
+                y = self.base_layer(flat)
+                y = ops.mixture(y, flat if flat.dtype == y.dtype else flat.to(y.dtype), *gathered, **owned)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether one kernel computes the linear and the mixture: a small pool and a plain frozen linear."""
+    def _op(self, x: Tensor, rows: int) -> str:
+        """The op for x [tokens, in_features]: one kernel for the linear and the mixture, or `mixture` alone.
+
+        One kernel needs a plain frozen linear on a GPU.
+        """
         _, pool, _ = self._shared
-        return (
+        plain = (
             dispatch.select(x, pool.backend) == "gpu"
             and type(self.base_layer) is nn.Linear
             and self.weight.dtype == x.dtype
             and not (torch.is_autocast_enabled(x.device.type) or self.weight.requires_grad)
-            and dispatch.prefers_fused(x, pool.num_rows, self.in_features, self.out_features)
         )
+        sizes = (pool.num_rows, self.in_features, self.out_features)
+        return dispatch.linear_op(x, rows, *sizes) if plain else "mixture"
 
 
 def target_linears(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:

@@ -1,12 +1,16 @@
 """The public ops: arguments are checked here, once; `dispatch` picks the backend; `reference` specifies."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slm_fast import autograd, compiled, dispatch, reference  # noqa: F401 (compiled registers custom ops)
 from slm_fast.reference import MAX_TOP_K
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_SLABS = 4  # linears behind one norm
 FP32, INT32 = (torch.float32,), (torch.int32,)
 
 
@@ -150,8 +154,7 @@ def mixture(
     Source: SLM (ICLR 2024), JARe.
     """
     _check_mixture(y, x, A, B, start, rank, scaling, indices, weights, cu_seqlens, A_owned, B_owned, owned)
-    if max_rank is None:
-        max_rank = int(rank.max()) if rank.numel() else 0
+    max_rank = _largest(rank, max_rank)
     if u is not None:
         num_columns = indices.shape[1] * max_rank
         _check("u", u, (u.shape[0], x.shape[:-1].numel(), num_columns), FP32, x.device)
@@ -176,6 +179,12 @@ def mixture(
     routing = (start, rank, scaling, indices, weights, cu_seqlens)
     autograd.mixture_forward(chosen, y, x, A, B, routing, max_rank, u)
     return y
+
+
+def _largest(rank: Tensor, max_rank: int | None) -> int:
+    if max_rank is None:
+        max_rank = int(rank.max()) if rank.numel() else 0
+    return max_rank
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -219,12 +228,8 @@ def fused_linear(
     """
     num_entries = scaling.numel()
     total_rank, in_features = _matrix("A", A)[0], x.shape[-1]
-    out_features = _matrix("weight", weight)[0]
+    out_features = _check_linear(x, weight, bias)
     num_rows, num_tokens, device = _matrix("weights", weights)[0], x.shape[:-1].numel(), x.device
-    _check("x", x, tuple(x.shape), FLOATS, device)
-    _check("weight", weight, (out_features, in_features), (x.dtype,), device)
-    if bias is not None:
-        _check("bias", bias, (out_features,), (x.dtype,), device)
     _check("A", A, (total_rank, in_features), FLOATS, device)
     _check("B", B, (total_rank, out_features), (A.dtype,), device)
     _check("row_entry", row_entry, (total_rank,), INT32, device)
@@ -234,8 +239,6 @@ def fused_linear(
     _check_owned(A_owned, B_owned, owned, total_rank, in_features, out_features, device)
     if u is not None:
         _check("u", u, (u.shape[0], num_tokens, total_rank), FP32, device)
-    if _needs_grad(weight, bias):
-        raise ValueError("the linear is frozen here: call requires_grad_(False) on weight and bias")
     flat = x.reshape(num_tokens, in_features)
     grad = _needs_grad(x, weights, A_owned, B_owned, u)
     leaves, frozen = (flat, weights, A_owned, B_owned, u), (weight, bias, A, B)
@@ -245,11 +248,191 @@ def fused_linear(
         )
     elif grad:
         routing, chosen = (row_entry, scaling, cu_seqlens), dispatch.select(x, backend)
-        y = autograd.FusedLinearFunction.apply(*leaves, *frozen, routing, owned, chosen)
+        y = autograd.FusedLinearFunction.apply(*leaves, *frozen, routing, None, owned, chosen)
     else:
         routing, chosen = (row_entry, scaling, weights, cu_seqlens), dispatch.select(x, backend)
         y, _ = autograd.fused_linear_forward(chosen, flat, *frozen, routing, u, save_u=False)
     return y.view(*x.shape[:-1], out_features)
+
+
+def segment_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    start: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    u: Tensor | None = None,
+    max_rank: int | None = None,
+    A_owned: Tensor | None = None,
+    B_owned: Tensor | None = None,
+    owned: tuple[int, int] = (0, 0),
+    backend: str | None = None,
+) -> Tensor:
+    """A frozen linear and the mixture of a pool of any size, for rows of many tokens.
+
+        y[t] = W x[t] + bias + sum_k weights[b, k] * scaling[i] * B[i]^T (A[i] x[t]),   i = indices[b, k]
+
+    On a GPU one kernel computes both, for rows of many tokens (prefill, training): a tile of tokens expands
+    the entries of its own rows alone. Elsewhere, and while a compiler traces, the linear and `mixture` run in
+    turn. A row whose weights are all 0 gets exactly what the linear alone computes in the same kernel.
+    Gradients flow as in `mixture`, never to the linear.
+
+    Args: x: [..., in_features].  weight: [out_features, in_features], bias: [out_features] or None, of x's
+    dtype, fp32/bf16/fp16.  The others: as in `mixture`; with u given, x gets its gradient through the linear
+    alone.
+    Raises ValueError as `mixture` does, and if gradients of the linear are wanted.
+    Source: SLM (ICLR 2024), JARe.
+    """
+    out_features = _check_linear(x, weight, bias)
+    if torch.compiler.is_compiling() or (chosen := dispatch.select(x, backend)) != "gpu":
+        y, pool = F.linear(x, weight, bias), (A, B, start, rank, scaling)
+        owns = {"A_owned": A_owned, "B_owned": B_owned, "owned": owned}
+        routing = (indices, weights, cu_seqlens)
+        return mixture(y, x, *pool, *routing, u=u, max_rank=max_rank, **owns, backend=backend)
+    num_tokens, in_features, device = x.shape[:-1].numel(), x.shape[-1], x.device
+    total_rank = _matrix("A", A)[0]
+    _check("A", A, (total_rank, in_features), FLOATS, device)
+    _check("B", B, (total_rank, out_features), (A.dtype,), device)
+    _check_routing(num_tokens, start, rank, scaling, indices, weights, cu_seqlens, device)
+    _check_owned(A_owned, B_owned, owned, total_rank, in_features, out_features, device)
+    max_rank = _largest(rank, max_rank)
+    if u is not None:
+        _check("u", u, (u.shape[0], num_tokens, indices.shape[1] * max_rank), FP32, device)
+    flat = x.reshape(num_tokens, in_features)
+    leaves, frozen = (flat, weights, A_owned, B_owned, u), (weight, bias, A, B)
+    if _needs_grad(x, weights, A_owned, B_owned, u):
+        routing = (start, rank, scaling, indices, cu_seqlens)
+        y = autograd.FusedLinearFunction.apply(*leaves, *frozen, routing, max_rank, owned, chosen)
+    else:
+        routing = (start, rank, scaling, indices, weights, cu_seqlens)
+        y, _ = autograd.fused_linear_forward(chosen, flat, *frozen, routing, u, False, max_rank)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def norm_shrink(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    A: Sequence[Tensor],
+    routing: tuple | None = None,
+    *,
+    max_rank: int | None = None,
+    A_owned: Sequence[Tensor] | None = None,
+    owned: tuple[int, int] = (0, 0),
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm, and the rank-space vectors of the linears that read it, so that they need no shrink.
+
+        h[t] = weight * (x[t] * rsqrt(mean(x[t]^2) + eps)).to(x.dtype)
+        u[l, 0, t, c] + u[l, 1, t, c] + ... = <A[l][slab row of c], h[t]>
+
+    Column c is slab row c where `routing` is None, for `fused_linear(h, ..., u=u[l])`; else c = k * max_rank
+    + j is row j of pick k, for `mixture(y, h, ..., u=u[l])`. Columns beyond an entry's rank and of picks
+    without weight are 0; tokens of no row have an h, and a u that nobody may read. Gradients flow from h and
+    u to x and to `A_owned`: the parameters that are views of the rows owned[0]:owned[1] of each slab. With
+    gradients, or where no GPU kernel runs, there is one split. The norm is frozen.
+
+    Args: x: [..., in_features], weight: [in_features], one dtype, fp32/bf16/fp16.
+    A: 1 to 4 slabs [total_rank, in_features], one dtype, any of the three.
+    routing: the tuple (start, rank, scaling, indices, weights, cu_seqlens), each as in `mixture`.
+    max_rank: as in `mixture`.  A_owned: [owned[1] - owned[0], in_features], one for each slab.
+    Returns h like x, and u [linears, splits, T, columns] fp32.
+    Raises ValueError on mismatched shapes, dtypes or devices, on another number of slabs, on indices outside
+    the pool (on a GPU their columns are 0), and if gradients of the norm are wanted.
+    Source: SLM (ICLR 2024), JARe.
+    """
+    in_features, num_tokens = x.shape[-1], x.shape[:-1].numel()
+    _check("x", x, tuple(x.shape), FLOATS, x.device)
+    _check("weight", weight, (in_features,), (x.dtype,), x.device)
+    if not 1 <= len(A) <= MAX_SLABS:
+        raise ValueError(f"A must be 1 to {MAX_SLABS} slabs, got {len(A)}")
+    if A_owned is not None and len(A_owned) != len(A):
+        raise ValueError(f"A_owned must have a parameter for each of the {len(A)} slabs, got {len(A_owned)}")
+    A, A_owned = list(A), list(A_owned or ())
+    max_rank = _check_shrink(x, A, routing, max_rank, A_owned, owned)
+    if _needs_grad(weight):
+        raise ValueError("the norm is frozen here: call requires_grad_(False) on weight")
+    flat, chosen = x.reshape(num_tokens, in_features), dispatch.select(x, backend)
+    grad = _needs_grad(x, *A_owned)
+    if torch.compiler.is_compiling():
+        *entries, cu_seqlens = routing or (None,)
+        columns = dispatch.num_columns(A[0], routing, max_rank)
+        splits = 1 if grad else dispatch.shrink_splits("norm_shrink", chosen, flat, columns)
+        h, u = torch.ops.slm_fast.norm_shrink(
+            flat, A_owned, weight, eps, A, entries, cu_seqlens, max_rank, *owned, splits, chosen
+        )
+    elif grad:
+        h, u = autograd.NormShrinkFunction.apply(
+            flat, weight, eps, A, routing, max_rank, owned, chosen, *A_owned
+        )
+    else:
+        h, u = autograd.norm_shrink_forward(chosen, flat, weight, eps, A, routing, max_rank)
+    return h.view(x.shape), u
+
+
+def silu_mul_shrink(
+    gate: Tensor,
+    up: Tensor,
+    A: Tensor,
+    routing: tuple | None = None,
+    *,
+    max_rank: int | None = None,
+    A_owned: Tensor | None = None,
+    owned: tuple[int, int] = (0, 0),
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """silu(gate) * up, and the rank-space vector of the linear that reads it, so that it needs no shrink.
+
+        h[t] = silu(gate[t]) * up[t]
+        u[0, t, c] + u[1, t, c] + ... = <A[slab row of c], h[t]>
+
+    The columns of u, its splits and the gradients, here to gate, up and `A_owned`, are as in `norm_shrink`.
+
+    Args: gate, up: [..., in_features], one dtype, fp32/bf16/fp16.  A: [total_rank, in_features], any of the
+    three.  routing, max_rank: as in `norm_shrink`.  A_owned: [owned[1] - owned[0], in_features].
+    Returns h like gate, and u [splits, T, columns] fp32.
+    Raises ValueError on mismatched shapes, dtypes or devices, and on indices outside the pool (on a GPU their
+    columns are 0).
+    Source: SLM (ICLR 2024), JARe.
+    """
+    in_features, num_tokens = gate.shape[-1], gate.shape[:-1].numel()
+    _check("gate", gate, tuple(gate.shape), FLOATS, gate.device)
+    _check("up", up, tuple(gate.shape), (gate.dtype,), gate.device)
+    max_rank = _check_shrink(gate, [A], routing, max_rank, [A_owned], owned)
+    flat = (gate.reshape(num_tokens, in_features), up.reshape(num_tokens, in_features))
+    grad, chosen = _needs_grad(gate, up, A_owned), dispatch.select(gate, backend)
+    if torch.compiler.is_compiling():
+        *entries, cu_seqlens = routing or (None,)
+        columns = dispatch.num_columns(A, routing, max_rank)
+        splits = 1 if grad else dispatch.shrink_splits("silu_mul_shrink", chosen, flat[0], columns)
+        h, u = torch.ops.slm_fast.silu_mul_shrink(
+            *flat, A_owned, A, entries, cu_seqlens, max_rank, *owned, splits, chosen
+        )
+    elif grad:
+        h, u = autograd.SiluMulShrinkFunction.apply(*flat, A_owned, A, routing, max_rank, owned, chosen)
+    else:
+        h, u = autograd.silu_mul_shrink_forward(chosen, *flat, A, routing, max_rank)
+    return h.view(gate.shape), u
+
+
+def _check_shrink(x, A, routing, max_rank, A_owned, owned) -> int:
+    """Check slabs, their owned rows and the routing that makes their columns; returns the largest rank."""
+    total_rank, in_features, device = _matrix("A", A[0])[0], x.shape[-1], x.device
+    for i, slab in enumerate(A):
+        _check("A", slab, (total_rank, in_features), (A[0].dtype,) if i else FLOATS, device)
+    for parameter in A_owned or (None,):
+        _check_owned(parameter, None, owned, total_rank, in_features, 0, device)
+    if routing is None:
+        return 1
+    _check_routing(x.shape[:-1].numel(), *routing, device)
+    return _largest(routing[1], max_rank)
 
 
 def _check_mixture(y, x, A, B, start, rank, scaling, indices, weights, cu_seqlens, A_owned, B_owned, owned):
@@ -258,18 +441,33 @@ def _check_mixture(y, x, A, B, start, rank, scaling, indices, weights, cu_seqlen
         raise ValueError(f"x must be [..., in_features] in fp32, bf16 or fp16, got {list(x_shape)} {x.dtype}")
     total_rank, in_features = _matrix("A", A)[0], x_shape[-1]
     out_features = _matrix("B", B)[1]
-    picks = _matrix("indices", indices)
-    entries = (start.numel(),)
     _check("A", A, (total_rank, in_features), FLOATS, device)
     _check("B", B, (total_rank, out_features), (A.dtype,), device)
     _check("y", y, (*x_shape[:-1], out_features), (x.dtype,), device)
+    _check_routing(x_shape[:-1].numel(), start, rank, scaling, indices, weights, cu_seqlens, device)
+    _check_owned(A_owned, B_owned, owned, total_rank, in_features, out_features, device)
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """out_features of a frozen linear that reads x."""
+    out_features = _matrix("weight", weight)[0]
+    _check("x", x, tuple(x.shape), FLOATS, x.device)
+    _check("weight", weight, (out_features, x.shape[-1]), (x.dtype,), x.device)
+    if bias is not None:
+        _check("bias", bias, (out_features,), (x.dtype,), x.device)
+    if _needs_grad(weight, bias):
+        raise ValueError("the linear is frozen here: call requires_grad_(False) on weight and bias")
+    return out_features
+
+
+def _check_routing(num_tokens, start, rank, scaling, indices, weights, cu_seqlens, device) -> None:
+    entries, picks = (start.numel(),), _matrix("indices", indices)
     _check("start", start, entries, INT32, device)
     _check("rank", rank, entries, INT32, device)
     _check("scaling", scaling, entries, FP32, device)
     _check("indices", indices, picks, INT32, device)
     _check("weights", weights, picks, FP32, device)
-    _check_rows(x_shape[:-1].numel(), picks[0], cu_seqlens, device)
-    _check_owned(A_owned, B_owned, owned, total_rank, in_features, out_features, device)
+    _check_rows(num_tokens, picks[0], cu_seqlens, device)
 
 
 def _check_rows(num_tokens: int, num_rows: int, cu_seqlens: Tensor | None, device: torch.device) -> None:

@@ -6,6 +6,8 @@ Ragged pools: entries may have different ranks, so the factors of all entries ar
 column j of PEFT's `lora_B`); entry `i` owns the rows `start[i] : start[i] + rank[i]` of both.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -322,33 +324,82 @@ def fused_linear_backward(
     return dx.to(x.dtype), dA, (c * products).T @ dys, dweights, du
 
 
-def rank_space(h: Tensor, A: Tensor, routing: tuple | None, max_rank: int, resident: bool) -> Tensor:
+def picked_columns(num_tokens: int, routing: tuple, max_rank: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(tokens, rank columns, slab rows) of every pick that has a weight."""
+    start, rank, _, indices, weights, cu_seqlens = routing
+    bounds = segment_bounds(num_tokens, indices.shape[0], cu_seqlens)
+    starts, ranks, active = start.tolist(), rank.tolist(), (weights != 0).tolist()
+    for b, row_picks in enumerate(indices.tolist()):
+        for k, i in enumerate(row_picks):
+            if active[b][k]:
+                columns = slice(k * max_rank, k * max_rank + ranks[i])
+                yield slice(bounds[b], bounds[b + 1]), columns, slice(starts[i], starts[i] + ranks[i])
+
+
+def rank_space(h: Tensor, A: Tensor, routing: tuple | None, max_rank: int) -> Tensor:
     """u[t, c] = <A[slab row of c], h[t]>: [T, C] fp32 (fp64 of fp64), unweighted; differentiable in h and A.
 
-    Column c is slab row c if `resident`, else c = pick * max_rank + offset is row start[i] + offset, i =
-    indices[b, pick]. Columns beyond an entry's rank or of a pick without weight, and tokens outside all
+    Column c is slab row c if `routing` is None, else c = pick * max_rank + offset is row start[i] + offset, i
+    = indices[b, pick]. Columns beyond an entry's rank or of a pick without weight, and tokens outside all
     rows, are 0.
     """
     dtype = torch.promote_types(h.dtype, torch.float32)
-    h, A = h.to(dtype), A.to(dtype)
-    if resident:
-        return h @ A.T
-    start, rank, _, indices, weights, cu_seqlens = routing
-    num_rows, top_k = indices.shape
-    bounds = segment_bounds(h.shape[0], num_rows, cu_seqlens)
-    starts, ranks, picks, active = start.tolist(), rank.tolist(), indices.tolist(), (weights != 0).tolist()
-    u = h.new_zeros(h.shape[0], top_k * max_rank)
-    for b in range(num_rows):
-        for k, i in enumerate(picks[b]):
-            if active[b][k]:
-                rows = slice(starts[i], starts[i] + ranks[i])
-                columns = slice(k * max_rank, k * max_rank + ranks[i])
-                segment = slice(bounds[b], bounds[b + 1])
-                u[segment, columns] = h[segment] @ A[rows].T
+    h = h.to(dtype)
+    if routing is None:
+        return h @ A.to(dtype).T
+    u = h.new_zeros(h.shape[0], routing[3].shape[1] * max_rank)
+    for tokens, columns, rows in picked_columns(h.shape[0], routing, max_rank):
+        u[tokens, columns] = h[tokens] @ A[rows].to(dtype).T
     return u
 
 
+def rank_space_backward(
+    du: Tensor, h: Tensor, A: Tensor, routing: tuple | None, max_rank: int, owned: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `rank_space` at `du` for h and the slab rows owned[0]:owned[1] of A, in fp32 (fp64 of
+    fp64).
+
+        dh = du A,  dA = du^T h;  du is not read where u is 0 whatever h is
+    """
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    du, h = du.to(dtype), h.to(dtype)
+    begin, end = owned
+    if routing is None:
+        return du @ A.to(dtype), du[:, begin:end].T @ h
+    dh, dA = torch.zeros_like(h), h.new_zeros(end - begin, h.shape[1])
+    for tokens, columns, rows in picked_columns(h.shape[0], routing, max_rank):
+        g = du[tokens, columns]
+        dh[tokens] += g @ A[rows].to(dtype)
+        lo, hi = max(rows.start, begin), min(rows.stop, end)
+        if lo < hi:
+            dA[lo - begin : hi - begin] += g[:, lo - rows.start : hi - rows.start].T @ h[tokens]
+    return dh, dA
+
+
+def normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x rstd [T, in], rstd [T, 1]) with rstd = rsqrt(mean(x^2) + eps), in fp32 (fp64 of fp64)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide * rstd, rstd
+
+
 def norm_shrink(
+    x: Tensor, weight: Tensor, eps: float, A: list[Tensor], routing: tuple | None, *, max_rank: int
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm, and the rank-space vectors of the linears that read it: (h [T, in], u [linears, T, C]).
+
+        h[t] = weight * (x[t] * rsqrt(mean(x[t]^2) + eps)).to(x.dtype);  u[l] = rank_space(h, A[l])
+
+    Args: x: [T, in].  weight: [in].  A: slabs [total_rank, in].  routing: (start, rank, scaling, indices,
+    weights, cu_seqlens) as in `mixture`, None if the columns are the slab rows.
+    """
+    h = weight * normalized(x, eps)[0].to(x.dtype)
+    return h, torch.stack([rank_space(h, slab, routing, max_rank) for slab in A])
+
+
+def norm_shrink_backward(
+    dh: Tensor,
+    du: Tensor,
     x: Tensor,
     weight: Tensor,
     eps: float,
@@ -356,27 +407,59 @@ def norm_shrink(
     routing: tuple | None,
     *,
     max_rank: int,
-    resident: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """RMSNorm, and the rank-space vectors of the linears that read it: (h [T, in], u [linears, T, C]).
+    owned: tuple[int, int] = (0, 0),
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `norm_shrink` at dh [T, in] and du [linears, T, C] for x and the owned rows of each slab.
 
-        h[t] = weight * (x[t] * rsqrt(mean(x[t]^2) + eps)).to(x.dtype);  u[l] = rank_space(h, A[l])
+        dx = rstd * (g - xhat * mean(g * xhat)),  dA[l] = du[l]^T h
+        with xhat = x * rstd,  g = weight * (dh + sum_l du[l] A[l])
 
-    Args: x: [T, in].  weight: [in].  A: slabs [total_rank, in].  routing: (start, rank, scaling, indices,
-    weights, cu_seqlens) as in `mixture`, None if `resident`.
+    Returns dx in x's dtype, and the dA in fp32 (fp64 of fp64).
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    h = weight * wide.to(x.dtype)
-    return h, torch.stack([rank_space(h, slab, routing, max_rank, resident) for slab in A])
+    xhat, rstd = normalized(x, eps)
+    h = weight * xhat.to(x.dtype)
+    g, dA = dh.to(xhat.dtype), []
+    for slab_du, slab in zip(du, A, strict=True):
+        through_u, slab_dA = rank_space_backward(slab_du, h, slab, routing, max_rank, owned)
+        g = g + through_u
+        dA.append(slab_dA)
+    g = weight.to(g.dtype) * g
+    dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
+    return dx.to(x.dtype), dA
 
 
 def silu_mul_shrink(
-    gate: Tensor, up: Tensor, A: Tensor, routing: tuple | None, *, max_rank: int, resident: bool = False
+    gate: Tensor, up: Tensor, A: Tensor, routing: tuple | None, *, max_rank: int
 ) -> tuple[Tensor, Tensor]:
     """silu(gate) * up, and the rank-space vector of the linear that reads it: (h [T, in], u [T, C]).
 
     Args: gate, up: [T, in].  A: [total_rank, in].  routing: as in `norm_shrink`.
     """
     h = F.silu(gate) * up
-    return h, rank_space(h, A, routing, max_rank, resident)
+    return h, rank_space(h, A, routing, max_rank)
+
+
+def silu_mul_shrink_backward(
+    dh: Tensor,
+    du: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    A: Tensor,
+    routing: tuple | None,
+    *,
+    max_rank: int,
+    owned: tuple[int, int] = (0, 0),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `silu_mul_shrink` at dh [T, in] and du [T, C] for gate, up and the owned slab rows.
+
+        dgate = g * up * sigma * (1 + gate * (1 - sigma)),  dup = g * silu(gate),  dA = du^T h
+        with sigma = sigmoid(gate),  g = dh + du A
+
+    Returns dgate and dup in their dtype, and dA in fp32 (fp64 of fp64).
+    """
+    active = F.silu(gate)
+    through_u, dA = rank_space_backward(du, active * up, A, routing, max_rank, owned)
+    g, wide = dh.to(through_u.dtype) + through_u, gate.to(through_u.dtype)
+    sigma = torch.sigmoid(wide)
+    dgate = g * up * sigma * (1 + wide * (1 - sigma))
+    return dgate.to(gate.dtype), (g * active).to(up.dtype), dA

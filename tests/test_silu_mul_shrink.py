@@ -1,11 +1,20 @@
 import pytest
 import torch
+from test_compiled import BACKENDS
 from test_norm_shrink import (
+    BAD_ROUTINGS,
     DTYPES,
     INTEGER,
     PLAN,
+    ROUTING,
     Case,
+    check_an_index_outside_the_pool,
+    check_chain,
     check_every_token_has_its_h,
+    check_given_splits,
+    check_gradients_on_demand,
+    check_leading_dimensions_and_strides,
+    check_reference_backward,
     plan_with,
     poisoned,  # noqa: F401
 )
@@ -13,8 +22,10 @@ from test_ops_key_search import name_of
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from slm_fast import reference
+from slm_fast import ops, reference
 from slm_fast.kernels import silu_mul_shrink
+
+MLP = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=8))
 
 
 class SiluCase(Case):
@@ -28,21 +39,25 @@ class SiluCase(Case):
         return [gate.to(self.dtype), up.to(self.dtype)]
 
     def reference(self, inputs, A, dtype):
-        options = {"max_rank": self.max_rank, "resident": self.resident}
-        return reference.silu_mul_shrink(*inputs, A[0], self.routing, **options)
+        return reference.silu_mul_shrink(*inputs, A[0], self.routing, max_rank=self.max_rank)
 
-    def forward(self, plan):
+    def op(self, inputs, A, A_owned, backend):
+        owned = {"A_owned": A_owned and A_owned[0], "owned": self.owned}
+        return ops.silu_mul_shrink(*inputs, A[0], self.route(), **owned, backend=backend)
+
+    def plain(self, inputs):
+        gate, up = inputs
+        return MLP.act_fn(gate) * up
+
+    def forward(self, plan, splits=None):
         gate, up, A = self.on_device(*self.inputs, self.A[0])
-        options = {"max_rank": self.max_rank, "plan": plan, "resident": self.resident}
-        return silu_mul_shrink.silu_mul_shrink_fwd(gate, up, A, self.on_device(*self.routing), **options)
+        options = {"max_rank": self.max_rank, "plan": plan, "splits": splits}
+        return silu_mul_shrink.silu_mul_shrink_fwd(gate, up, A, self.route(), **options)
 
     def backward(self, plan, u, h=None, needs=(True, True)):
         dh, du, gate, up, A = self.on_device(self.dh, self.du[0], *self.inputs, self.A[0])
-        options = {"max_rank": self.max_rank, "plan": plan, "resident": self.resident}
-        routing = self.on_device(*self.routing)
-        dgate, dup, dA = silu_mul_shrink.silu_mul_shrink_bwd(
-            dh, du, gate, up, A, routing, owned=self.owned, needs=needs, h=h, **options
-        )
+        options = {"max_rank": self.max_rank, "plan": plan, "owned": self.owned, "needs": needs, "h": h}
+        dgate, dup, dA = silu_mul_shrink.silu_mul_shrink_bwd(dh, du, gate, up, A, self.route(), **options)
         return [dgate, dup], [dA]
 
 
@@ -121,6 +136,11 @@ def test_picks_without_weight_are_not_read():
     assert all(grad.isfinite().all() for grad in grads) and not dA[3:].any()
 
 
+@pytest.mark.parametrize("resident", [False, True], ids=["gather", "resident"])
+def test_given_splits(resident):
+    check_given_splits(SiluCase(in_features=1000, resident=resident))
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_large_gates():
     case = SiluCase((16,))
@@ -131,10 +151,8 @@ def test_large_gates():
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_h_has_the_bits_of_transformers(dtype):
     case = SiluCase((16,), (1, 1), in_features=1000, dtype=dtype)
-    mlp = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=8))
     with torch.no_grad():
-        gate, up = case.on_device(*case.inputs)
-        want = mlp.act_fn(gate) * up
+        want = case.plain(case.on_device(*case.inputs))
     h = case.forward(PLAN)[0]
     # exp differs by an ulp between libraries: 4 ulp of h at most in fp32; an fp16 value only where that
     # crosses a rounding boundary.
@@ -147,7 +165,85 @@ def test_h_has_the_bits_of_transformers(dtype):
 def test_reference_gradients(resident):
     case = SiluCase((2, 1, 2), (2, 1), in_features=5, resident=resident)
     leaves = [t.double().requires_grad_() for t in (*case.inputs, case.A[0])]
-    options = {"max_rank": 2, "resident": resident}
     assert torch.autograd.gradcheck(
-        lambda gate, up, A: reference.silu_mul_shrink(gate, up, A, case.routing, **options), leaves
+        lambda gate, up, A: reference.silu_mul_shrink(gate, up, A, case.routing, max_rank=2), leaves
     )
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["gather", "resident"])
+def test_reference_backward(resident):
+    case = SiluCase((2, 1, 4), (2, 3, 1), in_features=5, resident=resident)
+    case.owned, settings = (1, 4), {"routing": case.routing, "max_rank": 3}
+
+    def forward(inputs, A):
+        return reference.silu_mul_shrink(*inputs, A[0], **settings)
+
+    def backward(dh, du, inputs, A):
+        return reference.silu_mul_shrink_backward(dh, du, *inputs, A[0], **settings, owned=case.owned)
+
+    check_reference_backward(case, forward, backward)
+
+
+# ---- the public op
+
+
+@pytest.mark.parametrize("resident", [False, True], ids=["gather", "resident"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_public_op(dtype, resident):
+    SiluCase((3, 0, 5, 9), (8, 3, 8), resident=resident, dtype=dtype).verify_public("silu_mul_shrink")
+
+
+@pytest.mark.parametrize("factor_dtype", DTYPES, ids=name_of)
+def test_public_op_with_factors_of_another_dtype(factor_dtype):
+    dtype = DTYPES[1 - DTYPES.index(factor_dtype)]
+    SiluCase((3, 3), (3, 8), dtype=dtype, factor_dtype=factor_dtype).verify_public("silu_mul_shrink")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_on_demand(backend):
+    check_gradients_on_demand(SiluCase((4, 3), (3, 8)), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leading_dimensions_and_strides(backend):
+    check_leading_dimensions_and_strides(SiluCase((5, 5, 5), (3, 8)), backend)
+
+
+def test_an_index_outside_the_pool():
+    check_an_index_outside_the_pool(SiluCase((4, 4, 4)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("resident", [False, True], ids=["mixture", "fused_linear"])
+def test_chain_of_activation_and_linear(resident, backend):
+    check_chain(SiluCase((3, 2, 4), (3, 8, 2), in_features=20), resident, (12,), backend)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gate", torch.randn(6, 8).double(), "gate must be float32"),
+        ("up", torch.randn(6, 9), "up must have shape"),
+        ("up", torch.randn(6, 8).half(), "up must be float32"),
+        ("up", torch.randn(6, 8, device="meta"), "up must be on"),
+        ("A", torch.randn(4), "A must have two dimensions"),
+        ("A", torch.randn(4, 9), "A must have shape"),
+        ("A", torch.randn(4, 8).double(), "A must be float32 or"),
+        ("A_owned", torch.randn(1, 8), "A_owned must have shape"),
+        *BAD_ROUTINGS,
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rejects(backend, field, value, message):
+    arguments = {
+        "gate": torch.randn(6, 8),
+        "up": torch.randn(6, 8),
+        "A": torch.randn(4, 8),
+        "routing": ROUTING,
+        "max_rank": 2,
+        "A_owned": torch.randn(2, 8),
+        "owned": (1, 3),
+    }
+    ops.silu_mul_shrink(**arguments, backend="reference")
+    with pytest.raises(ValueError, match=message):
+        ops.silu_mul_shrink(**arguments | {field: value}, backend=backend)
