@@ -180,7 +180,7 @@ def shrink_settings(row, case):
     """(sizes, keyword arguments, slab rows, rank columns) of a gathered and of a resident pool."""
     sizes = Sizes.of(row)
     gathered = {"routing": sizes.gather_routing(case), "max_rank": sizes.max_rank, "plan": row["plan"]}
-    resident = {"routing": None, "max_rank": 1, "plan": row["plan"], "resident": True}
+    resident = {"routing": None, "max_rank": 1, "plan": row["plan"]}
     yield sizes, gathered, sizes.entries * sizes.max_rank, sizes.top_k * sizes.max_rank
     yield sizes, resident, sizes.columns, sizes.columns
 

@@ -46,8 +46,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from slm_fast.kernels.mixture import beside, dot_precision, factor_grads, pool_grads, row_products, shrink
-from slm_fast.kernels.rank_space import gather_columns, mixed_dot, rows_of_tokens, steady, weighted
+from slm_fast.kernels.mixture import shrink
+from slm_fast.kernels.pool_grads import beside, factor_grads, pool_grads, row_products
+from slm_fast.kernels.rank_space import (
+    dot_precision,
+    gather_columns,
+    mixed_dot,
+    rows_of_tokens,
+    steady,
+    weighted,
+)
 
 
 @triton.jit

@@ -41,18 +41,15 @@ import torch
 import triton
 import triton.language as tl
 
-from slm_fast.kernels.mixture import (
-    dot_precision,
-    factor_grads,
-    owned_coefficients,
-    routing_arguments,
-    split_blocks,
-)
+from slm_fast.kernels.pool_grads import factor_grads, owned_coefficients
 from slm_fast.kernels.rank_space import (
+    dot_precision,
     expand_dot,
     load_columns,
     rank_columns,
+    routing_arguments,
     shrink_dot,
+    split_blocks,
     steady,
     tile_tokens,
     weighted,

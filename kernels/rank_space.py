@@ -1,4 +1,4 @@
-"""Device code that the kernels share: which tokens a program owns, and which slab rows a rank column reads.
+"""Device code and launch arguments that the kernels share: a program's tokens, a rank column's slab row.
 
 A rank column is one number of a token's rank-space vector. Two ways to number them:
 
@@ -8,6 +8,7 @@ A rank column is one number of a token's rank-space vector. Two ways to number t
 Columns that do not exist (offset beyond the entry's rank, weight 0) are masked: they move no bytes.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -225,3 +226,56 @@ def expand_dot(du, acc, A_ptr, slab_row, exists, n, in_features, PRECISION: tl.c
         other=0.0,
     )  # [BLOCK_C, BLOCK_N]
     return mixed_dot(du, a.to(tl.float32), acc, PRECISION)
+
+
+# ---- launch arguments
+
+
+def dot_precision(x: torch.Tensor) -> str:
+    """fp32 inputs are multiplied exactly; half ones meet fp32 factors in tf32, which holds them exactly."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def num_tiles(num_tokens: int, num_rows: int, cu_seqlens: torch.Tensor | None, block: int) -> int:
+    """Programs that `segment_tile` needs to reach every token."""
+    if cu_seqlens is not None:
+        return num_tokens // block + num_rows
+    return num_rows * triton.cdiv(num_tokens // num_rows, block) if num_rows else 0
+
+
+def routing_arguments(routing, num_tokens, *, max_rank, block, num_columns=None):
+    """(programs along the tokens, the launch arguments that say which tokens and slab rows they read).
+
+    routing: (start, rank, scaling, indices, weights, cu_seqlens), or None for a resident pool: its
+    num_columns are the slab rows, its tiles consecutive tokens.
+    """
+    resident = routing is None
+    start, rank, scaling, indices, weights, cu_seqlens = (None,) * 6 if resident else routing
+    num_rows, top_k = (0, 1) if resident else indices.shape
+    if resident:
+        num_programs = triton.cdiv(num_tokens, block)
+    else:
+        num_programs = num_tiles(num_tokens, num_rows, cu_seqlens, block)
+    return num_programs, {
+        "start_ptr": start,
+        "rank_ptr": rank,
+        "scaling_ptr": scaling,
+        "indices_ptr": indices,
+        "weights_ptr": weights,
+        "cu_seqlens_ptr": cu_seqlens,
+        "num_tokens": num_tokens,
+        "num_rows": num_rows,
+        "tokens_per_row": num_tokens // max(num_rows, 1),
+        "num_entries": 0 if resident else start.shape[0],
+        "top_k": top_k,
+        "max_rank": max_rank,
+        "num_columns": num_columns if resident else top_k * max_rank,
+        "VARLEN": cu_seqlens is not None,
+    }
+
+
+def split_blocks(size: int, block: int, splits: int) -> tuple[int, int]:
+    """(blocks per split, splits) that cover `size` in whole blocks, none of them empty."""
+    blocks = max(triton.cdiv(size, block), 1)
+    per_split = triton.cdiv(blocks, splits)
+    return per_split, triton.cdiv(blocks, per_split)

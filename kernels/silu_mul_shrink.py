@@ -33,13 +33,13 @@ import torch
 import triton
 import triton.language as tl
 
-from slm_fast.kernels.mixture import split_blocks
 from slm_fast.kernels.norm_shrink import launch_columns, slab_grads
 from slm_fast.kernels.rank_space import (
     expand_dot,
     load_columns,
     rank_columns,
     shrink_dot,
+    split_blocks,
     steady,
     tile_tokens,
 )

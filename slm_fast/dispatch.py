@@ -363,7 +363,7 @@ def shrink_splits(op: str, backend: str, x: Tensor, columns: int) -> int:
 
 @torch.compiler.assume_constant_result
 def _shrink_splits(device: str, op: str, full: bool, columns: int, in_features: int) -> int:
-    from slm_fast.kernels.mixture import split_blocks
+    from slm_fast.kernels.rank_space import split_blocks
 
     found = plan.find(_architecture(device), op, "forward", full, 0, columns, in_features, in_features)
     return split_blocks(in_features, found["forward"]["BLOCK_K"], found["splits"])[1]
