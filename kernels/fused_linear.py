@@ -358,7 +358,8 @@ def fused_linear_fwd(x, weight, bias, A, B, routing, *, plan, max_rank=None, u=N
     u: [splits, T, C] made with x by `norm_shrink` or `silu_mul_shrink`.
     """
     tiles = plan["linear"]
-    inline = plan["kernel"] == "inline" and u is None and not save_u and A.shape[0] <= tiles["BLOCK_C"]
+    fits = max_rank is None and A.shape[0] <= tiles["BLOCK_C"]  # all of a resident pool's columns at once
+    inline = plan["kernel"] == "inline" and fits and u is None and not save_u
     pdl = plan["pdl"] and not inline and u is None
     if not inline and u is None:
         u = _rank_space(x, A, routing, max_rank, plan, splits=1 if save_u else plan["splits"], pdl=pdl)

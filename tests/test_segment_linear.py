@@ -255,3 +255,8 @@ def test_layers_take_it_for_long_rows(monkeypatch, dtype):
             want = model(input_ids=ids, routing=routing).logits
             model.pool.config.backend = "gpu"
         torch.testing.assert_close(got, want, rtol=0, atol=5e-3 if half else 1e-5)
+
+
+def test_decoding_plans_never_shrink_inline():
+    """The inline shrink is a resident pool's: its plan rows must not reach gathered entries."""
+    Segments(lengths=(1, 1, 1), ranks=(8, 3, 12), dtype=torch.float16).verify()
