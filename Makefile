@@ -4,7 +4,7 @@ PYTHON ?= $(shell for v in 3.11 3.12 3.13; do \
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint audit clean
+.PHONY: demo test lint audit gpu-check tune clean
 
 .venv/installed: $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "no python 3.11, 3.12 or 3.13 found" >&2; exit 1; }
@@ -26,6 +26,13 @@ test: lint
 
 audit: .venv/installed
 	env -u TRITON_INTERPRET .venv/bin/python benchmarks/audit.py
+
+# On a machine with a GPU, in a Python that has PyTorch and Triton; ARGS='--quick', ARGS='--op mixture'.
+gpu-check:
+	$(or $(GPU_PYTHON),python3) benchmarks/gpu_check.py $(ARGS)
+
+tune:
+	PYTHONPATH=.:$$PYTHONPATH $(or $(GPU_PYTHON),python3) benchmarks/tune.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info slm_fast/_C*.so demo_output .pytest_cache .ruff_cache

@@ -54,44 +54,39 @@ def leaves_of(*tensors):
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-@pytest.fixture(params=["gather", "varlen", "resident"])
+@pytest.fixture(params=["gather", "resident"])
 def shrink(request):
     """(case, the list of the routing's tensors, cu_seqlens, the largest rank)"""
-    lengths = (3, 0, 9) if request.param == "varlen" else (5, 5, 5)
-    case = Case(lengths, (3, 12, 8), in_features=100).to(DEVICE)
+    case = Case((2, 0, 3), (3, 12, 8), in_features=40).to(DEVICE)
     if request.param == "resident":
         return case, [], None, 1
     return case, [case.start, case.rank, case.scaling, case.indices, case.weights], case.cu_seqlens, 12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grads", ["none", "inputs", "A", "all"])
+@pytest.mark.parametrize("grads", [False, True], ids=["inference", "training"])
 def test_norm_shrink_op(backend, grads, shrink):
     case, *routing = shrink
-    weight, A = torch.randn(100, device=DEVICE), [case.A, 2 * case.A]
+    weight, A = torch.randn(40, device=DEVICE), [case.A, 2 * case.A]
     settings = (weight, 1e-5, A, *routing, *case.owned)
-    if grads == "none":
+    if not grads:
         splits = 3 if backend == "gpu" else 1
         opcheck(slm.norm_shrink.default, (case.x, [], *settings, splits, backend))
         return
     x, *A_owned = leaves_of(case.x, *(slab[slice(*case.owned)] for slab in A))
-    x = x if grads != "A" else x.detach()
-    A_owned = A_owned if grads != "inputs" else []
     opcheck(slm.norm_shrink.default, (x, A_owned, *settings, 1, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grads", ["none", "inputs", "A", "all"])
+@pytest.mark.parametrize("grads", [False, True], ids=["inference", "training"])
 def test_silu_mul_shrink_op(backend, grads, shrink):
     case, *routing = shrink
     settings = (case.A, *routing, *case.owned)
-    if grads == "none":
+    if not grads:
         splits = 3 if backend == "gpu" else 1
         opcheck(slm.silu_mul_shrink.default, (case.x, case.x + 1, None, *settings, splits, backend))
         return
     gate, up, A_owned = leaves_of(case.x, case.x + 1, case.A[slice(*case.owned)])
-    gate, up = (gate, up) if grads != "A" else (gate.detach(), up.detach())
-    A_owned = A_owned if grads != "inputs" else None
     opcheck(slm.silu_mul_shrink.default, (gate, up, A_owned, *settings, 1, backend))
 
 
@@ -99,7 +94,7 @@ def test_silu_mul_shrink_op(backend, grads, shrink):
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["inputs", "A"])
 def test_shrink_backward_ops(backend, needs, shrink):
     case, *routing = shrink
-    weight, A = torch.randn(100, device=DEVICE), [case.A, 2 * case.A]
+    weight, A = torch.randn(40, device=DEVICE), [case.A, 2 * case.A]
     h, u = slm.norm_shrink(case.x, [], weight, 1e-5, A, *routing, *case.owned, 1, backend)
     grads, rest = (torch.randn_like(h), torch.randn_like(u)), (*routing, *case.owned, backend)
     saved = (case.x, h, u, weight, 1e-5, A)
