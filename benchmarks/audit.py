@@ -416,7 +416,9 @@ def narrow_tiles(ttir: str, ptx: str, threads: int, mixed: bool) -> list[str]:
     share = shares(ttir, threads)
     narrow = []
     for (path, line), size in bytes_per_access(ptx).items():
-        if path and Path(path).parent.name == "kernels" and line in tile_loads(path):
+        # A cached compilation names the checkout that made it; the source is the same one.
+        own = ROOT / "kernels" / Path(path or "").name
+        if path and Path(path).parent.name == "kernels" and line in tile_loads(str(own)):
             whole, element = share.get((path, line), (16, 4))
             wanted = min(16, whole, 8 if mixed and element == 2 else 16)
             if size < wanted:

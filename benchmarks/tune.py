@@ -38,6 +38,7 @@ O_PROJ, DOWN = (4096, 4096), (11008, 4096)  # in_features, out_features
 ROW = 128  # tokens of a row beyond decoding
 MAX_SHAPES = 3  # of a row
 GAIN = 0.995  # the ratio of times below which a candidate is better
+SPILLS = "spills registers"
 KB = 1024
 SHARED_LIMIT = {"sm_80": 99 * KB}  # of a block; 227 KB on later ones
 
@@ -173,7 +174,7 @@ class Trial:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises where a launch broke the device for all that follow
             return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"
-        return reason or ("spills" if spills() > spilled else None)
+        return reason or (SPILLS if spills() > spilled else None)
 
 
 def spills() -> int:
@@ -221,6 +222,7 @@ class Tuner:
     ) -> None:
         self.table, self.card, self.measure, self.say = table, card, measure, say
         self.device, self.dtype, self.features, self.tokens = device, dtype, features, tokens
+        self.spilled: set[str] = set()  # tiles whose variant this process has loaded before
 
     def tune_row(self, row: dict, deadline: float = math.inf) -> None:
         """Leave the best plan in `row`; a row without a usable shape stays as it is."""
@@ -256,9 +258,13 @@ class Tuner:
         limit = SHARED_LIMIT.get(self.table["architecture"], 227 * KB)
         reason = tile_grid.refusal(row, candidate, part, limit, self.table["architecture"])
         trials = [Trial(row, candidate, trial.contender, trial.layers) for trial in best]
+        tiles = json.dumps([row["op"], row["phase"], part, candidate[part]])
+        reason = reason or (SPILLS if tiles in self.spilled else None)
         ratios, quartile = [], 0.0
         for trial, other in zip(trials, best, strict=True):
             reason = reason or trial.fault()
+            if reason == SPILLS:
+                self.spilled.add(tiles)
             if reason:
                 self.say(f"  {what}: dropped, {reason}")
                 return best

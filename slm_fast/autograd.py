@@ -62,6 +62,7 @@ def mixture_forward(
         saved = torch.empty(num_tokens, num_columns) if save_u else None
         dispatch.mixture_forward_cpu(out, flat_x, num_tokens, A, B, *routing, saved)
     else:
+        (u,) = contiguous(u)
         saved = dispatch.mixture_forward_gpu(out, flat_x, A, B, tuple(routing), max_rank, u, save_u)
     if out.data_ptr() != y.data_ptr():
         y.copy_(out.view(y.shape))
@@ -163,7 +164,7 @@ def fused_linear_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y [T, out_features], what the backward needs as `u` if `save_u`)."""
     if backend == "gpu":
-        x, weight, A, B, *routing = contiguous(x, weight, A, B, *routing)
+        x, weight, bias, A, B, u, *routing = contiguous(x, weight, bias, A, B, u, *routing)
         return dispatch.fused_linear_forward_gpu(x, weight, bias, A, B, tuple(routing), max_rank, u, save_u)
     given = None if u is None else u.sum(0)
     return reference.fused_linear(x, weight, bias, A, B, *routing, u=given), given

@@ -167,7 +167,8 @@ def test_factors_of_twelve_entries_are_1_57_mb(roofline):
     fused = roofline.count_fused_linear(1, 4096, 4096, tiles)
     shrink = roofline.count_shrink(1, 4096, 96, 96)
     added = fused.hbm + shrink.hbm - roofline.count_linear(1, 4096, 4096).hbm
-    assert added == 96 * (4096 + 4096) * 2 + 2 * 4 * 96 + 4096 * 2  # A and B, u out and in, x once more
+    # A and B, u out and 2 blocks of 16 columns in, x once more.
+    assert added == 96 * (4096 + 4096) * 2 + 4 * (96 + 32) + 4096 * 2
     assert 96 * (4096 + 4096) * 2 / 1e6 == pytest.approx(1.57, abs=0.01)
 
 
@@ -196,13 +197,23 @@ def test_inline_reads_a_again_in_every_block(roofline):
     assert inline.l2 == 64 * 96 * 4096 * 2 + 96 * 4096 * 2  # A 64 times, B once
 
 
-def test_fused_prefill_meets_the_target_only_behind_a_shrink(roofline):
+def test_prefill_and_backward_meet_their_targets_where_passes_overlap(roofline):
     h100 = roofline.DEVICES["H100"]
     lines = {line.path: line for line in roofline.paths(h100, 16384, 4096, 4096)}
-    # 96 slab rows of 4096 outputs in tf32, at half the rate: 2 * 96 / 4096; the shrink adds 96 / 4096.
-    assert lines["fused, u given"].percent == pytest.approx(100 * 2 * 96 / 4096, abs=0.01)
-    assert lines["fused, overlapped"].percent == pytest.approx(100 * 3 * 96 / 4096, abs=0.01)
-    assert lines["fused, u given"].verdict != lines["fused, overlapped"].verdict
+    # A tile of one row expands 2 blocks of 16 columns, in tf32 at half the rate; the shrink makes all 96.
+    assert lines["fused, u given"].percent == pytest.approx(100 * 2 * 32 / 4096, abs=0.01)
+    assert lines["fused, overlapped"].percent == pytest.approx(100 * (2 * 32 + 96) / 4096, abs=0.01)
+    # Gathered: the row's 16 columns in both.
+    assert lines["segments, overlapped"].percent == pytest.approx(100 * 3 * 16 / 4096, abs=0.01)
+    assert lines["segments, overlapped"].verdict.startswith("within")
+    assert lines["segments backward, overlapped"].verdict.startswith("within")
+    for path in ("segments, shrink first", "segments backward, serial"):
+        assert lines[path].verdict == "the floor itself exceeds it"
+
+
+def test_a_decoding_tile_expands_every_entry_that_a_row_picks(roofline):
+    tiles = roofline.LinearTiles(64, 64, splits=1)
+    assert tiles.expanded(64, 96) == 96 and tiles.expanded(1, 96) == 32 and tiles.expanded(4096, 96) == 32
 
 
 def test_overlap_needs_dependent_launch(roofline):

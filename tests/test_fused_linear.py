@@ -232,6 +232,7 @@ def test_given_rank_space_vectors(variant):
     assert_close(x.grad + u.grad[0] @ case.A, want[1])
     inference = case.forward(u=u.detach())
     assert_close(inference, want[0])
+    assert torch.equal(case.forward(u=u.detach().mT.contiguous().mT), inference)
 
 
 def test_leading_dimensions():
