@@ -57,6 +57,8 @@ from slm_fast.kernels.rank_space import (
     weighted,
 )
 
+REGISTERS, REGISTERS_OF_THREAD = 65536, 255  # of a multiprocessor
+
 
 @triton.jit
 def resident_coefficients(columns, rows, num_columns, num_entries, row_entry_ptr, scaling_ptr, weights_ptr):
@@ -306,6 +308,10 @@ def _fused_linear(x, weight, bias, u, A, B, routing, *, max_rank, tiles, inline,
         t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, weight)
     )
     tiles = tiles | {"TMA": tma}
+    if x.dtype != torch.float32:
+        # Shared memory decides how many blocks run at once. Told no limit of registers, ptxas picks one (64,
+        # 80, 168) that would let one more run, and spills to stay below it.
+        tiles.setdefault("maxnreg", min(REGISTERS // (32 * tiles["num_warps"]), REGISTERS_OF_THREAD))
     x_arg, weight_arg = x, weight
     if tma and num_programs:
         n, k = tiles["BLOCK_N"], tiles["BLOCK_K"]
