@@ -90,13 +90,13 @@ class FastPath:
             and dispatch.select(x, self.pool.backend) == "cpu"
         )
 
-    def step(self, rows: int) -> object | None:
+    def step(self, rows: int, num_tokens: int) -> object | None:
         """The running routing for a batch of `rows`, a multiple of its own."""
         routing = self.state.routing
         if routing is not None and (routing.num_rows == 0 or rows % routing.num_rows):
             wanted = routing.num_rows
             raise ValueError(f"the batch has {rows} rows, which is not a multiple of the routing's {wanted}")
-        return self.state.step(self.pool)
+        return self.state.step(self.pool, num_tokens)
 
 
 def hooked(modules: tuple[nn.Module, ...]) -> bool:
@@ -124,8 +124,8 @@ class FastDecoderLayer:
             return super().forward(hidden_states, *args, **kwargs)
         shape, attention = hidden_states.shape, self.self_attn
         qkv, out, gate_up, down = self.fast.groups
-        step = self.fast.step(shape[0])
-        x = hidden_states.reshape(-1, shape[-1])
+        x = hidden_states.reshape(-1, shape[-1]).contiguous()
+        step = self.fast.step(shape[0], x.shape[0])
         q, k, v = qkv(x, routing=step)
         heads = (*shape[:2], -1, attention.head_dim)
         cos, sin = (t[:, :, None] for t in kwargs["position_embeddings"])
@@ -198,7 +198,7 @@ class FastHead:
             return super().forward(x)
         if self.fast.groups is None:
             self.fast.groups = (LinearGroup([(self.weight, self.bias, None)]),)
-        (y,) = self.fast.groups[0](x.reshape(-1, x.shape[-1]))
+        (y,) = self.fast.groups[0](x.reshape(-1, x.shape[-1]).contiguous())
         return y.view(*x.shape[:-1], -1)
 
 

@@ -1,7 +1,5 @@
 """The replaced linear layer, the holder that carries a batch's routing to it, and the surgery on a model."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -29,13 +27,16 @@ class RoutingState:
         """The running batch's weights as a matrix [rows, num_entries], made once for all layers."""
         return self._once("dense", (num_entries,), lambda: self.routing.dense(num_entries))
 
-    def step(self, pool: KnowledgePool) -> object | None:
+    def step(self, pool: KnowledgePool, num_tokens: int) -> object | None:
         """The running batch's routing as `cpu_linear.LinearGroup` takes it, made once for all layers."""
         if self.routing is None:
             return None
-        entries = pool.start, pool.rank, pool.scaling
-        make = functools.partial(step_routing, *entries, self.routing.indices, self.routing.weights)
-        return self._once("step", (pool.version, *map(id, entries)), make)
+        entries, picks = (pool.start, pool.rank, pool.scaling), (self.routing.indices, self.routing.weights)
+        return self._once(
+            "step",
+            (pool.version, num_tokens, *map(id, entries)),
+            lambda: step_routing(*entries, pool.row_entry.shape[0], *picks, num_tokens=num_tokens),
+        )
 
     def _once(self, kind: str, made_of: tuple, make) -> object:
         key = (id(self.routing), *made_of)
