@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/linear_group.h"
 #include "cpu/parallel.h"
 #include "cuda_source.h"
 #include "ops.h"
@@ -124,6 +125,40 @@ void mixture_backward(Ptr dy, Ptr x, Ptr u, int x_dtype, Ptr A, Ptr B, int facto
       owned_end, as<float>(dw), num_threads);
 }
 
+slm::StepRouting step_routing(Ptr start, Ptr rank, Ptr scaling, int64_t num_entries, int64_t total_rank,
+                              Ptr indices, Ptr weights, Ptr cu_seqlens, int64_t num_tokens, int64_t num_rows,
+                              int64_t top_k) {
+  return slm::StepRouting(mixture(0, 0, 0, 0, start, rank, scaling, num_entries, total_rank, indices, weights,
+                                  cu_seqlens, num_tokens, num_rows, top_k, 0, 0, 0));
+}
+
+// weight, bias, out_features, A, B, factor_dtype, total_rank
+using LinearArgs = std::tuple<Ptr, Ptr, int64_t, Ptr, Ptr, int, int64_t>;
+
+slm::LinearGroup linear_group(int dtype, int64_t in_features, int prologue, float eps, Ptr norm_weight,
+                              const std::vector<LinearArgs>& linears) {
+  std::vector<slm::Linear> list;
+  for (const auto& [weight, bias, out_features, A, B, factor_dtype, total_rank] : linears)
+    list.push_back({as<void>(weight), as<void>(bias), out_features, as<void>(A), as<void>(B),
+                    static_cast<DType>(factor_dtype), total_rank});
+  return slm::LinearGroup(static_cast<DType>(dtype), in_features, static_cast<slm::Prologue>(prologue), eps,
+                          as<void>(norm_weight), std::move(list));
+}
+
+void linear_group_forward(const slm::LinearGroup& group, Ptr x, Ptr x2, int64_t num_tokens,
+                          const std::vector<Ptr>& out, Ptr residual, const slm::StepRouting* routing,
+                          int num_threads) {
+  std::vector<void*> pointers;
+  for (const Ptr p : out) pointers.push_back(as<void>(p));
+  group.forward(as<void>(x), as<void>(x2), num_tokens, pointers, as<void>(residual), routing, num_threads);
+}
+
+uint64_t read_memory(const std::vector<std::pair<Ptr, int64_t>>& regions, int num_threads) {
+  std::vector<std::pair<const void*, int64_t>> list;
+  for (const auto& [begin, bytes] : regions) list.emplace_back(as<void>(begin), bytes);
+  return slm::read_memory(list, num_threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = SLM_COMPILER;
@@ -157,6 +192,17 @@ PYBIND11_MODULE(_C, m) {
         arg("num_tokens"), arg("num_rows"), arg("top_k"), arg("in_features"), arg("out_features"),
         arg("u_stride"), arg("dx"), arg("dA"), arg("dB"), arg("owned_begin"), arg("owned_end"), arg("dw"),
         arg("num_threads"));
+  py::class_<slm::StepRouting>(m, "StepRouting")
+      .def(py::init(&step_routing), NoGil(), arg("start"), arg("rank"), arg("scaling"), arg("num_entries"),
+           arg("total_rank"), arg("indices"), arg("weights"), arg("cu_seqlens"), arg("num_tokens"),
+           arg("num_rows"), arg("top_k"))
+      .def_readonly("num_tokens", &slm::StepRouting::num_tokens);
+  py::class_<slm::LinearGroup>(m, "LinearGroup")
+      .def(py::init(&linear_group), arg("dtype"), arg("in_features"), arg("prologue"), arg("eps"),
+           arg("norm_weight"), arg("linears"))
+      .def("forward", &linear_group_forward, NoGil(), arg("x"), arg("x2"), arg("num_tokens"), arg("out"),
+           arg("residual"), arg("routing"), arg("num_threads"));
+  m.def("read_memory", &read_memory, NoGil(), arg("regions"), arg("num_threads"));
   m.def("isa", &slm::isa);
   m.def("isa_supported", &slm::isa_supported);
   m.def("build_info", &build_info);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "key_search_math.h"
@@ -71,6 +72,10 @@ void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int nu
 // computed.
 void mixture_backward(const Mixture& op, const void* dy, const void* x, const float* u, void* dx, float* dA,
                       float* dB, int64_t owned_begin, int64_t owned_end, float* dw, int num_threads);
+
+// Reads every region of (address, bytes) once, in whole pieces of 16 KiB, shared out among threads. Returns
+// the bitwise or of what it read.
+uint64_t read_memory(const std::vector<std::pair<const void*, int64_t>>& regions, int num_threads);
 
 std::string isa();
 std::vector<std::string> isa_supported();

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from slm_fast import dispatch, ops
 from slm_fast.config import DEFAULT_TARGETS
+from slm_fast.cpu_linear import step_routing
 from slm_fast.factors import Factors
 from slm_fast.pool import KnowledgePool
 from slm_fast.routing import Routing
@@ -15,7 +16,7 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
-        self._dense: tuple[Routing, Tensor] | None = None
+        self._made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
         self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 
     def use(self, routing: Routing | None) -> "RoutingScope":
@@ -24,9 +25,24 @@ class RoutingState:
 
     def dense(self, num_entries: int) -> Tensor:
         """The running batch's weights as a matrix [rows, num_entries], made once for all layers."""
-        if self._dense is None or self._dense[0] is not self.routing:
-            self._dense = (self.routing, self.routing.dense(num_entries))
-        return self._dense[1]
+        return self._once("dense", (num_entries,), lambda: self.routing.dense(num_entries))
+
+    def step(self, pool: KnowledgePool, num_tokens: int) -> object | None:
+        """The running batch's routing as `cpu_linear.LinearGroup` takes it, made once for all layers."""
+        if self.routing is None:
+            return None
+        entries, picks = (pool.start, pool.rank, pool.scaling), (self.routing.indices, self.routing.weights)
+        return self._once(
+            "step",
+            (pool.version, num_tokens, *map(id, entries)),
+            lambda: step_routing(*entries, pool.row_entry.shape[0], *picks, num_tokens=num_tokens),
+        )
+
+    def _once(self, kind: str, made_of: tuple, make) -> object:
+        key = (id(self.routing), *made_of)
+        if kind not in self._made or self._made[kind][0] != key:
+            self._made[kind] = (key, make())
+        return self._made[kind][1]
 
 
 class RoutingScope:
@@ -38,10 +54,10 @@ class RoutingScope:
 
     def __enter__(self) -> None:
         self.previous.append(self.state.routing)
-        self.state.routing, self.state._dense = self.routing, None
+        self.state.routing, self.state._made = self.routing, {}
 
     def __exit__(self, *exception) -> None:
-        self.state.routing, self.state._dense = self.previous.pop(), None
+        self.state.routing, self.state._made = self.previous.pop(), {}
 
 
 class MixtureLinear(nn.Module):
@@ -59,6 +75,10 @@ class MixtureLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._shared = (factors, pool, state)
+
+    @property
+    def factors(self) -> Factors:
+        return self._shared[0]
 
     @property
     def weight(self) -> Tensor:
@@ -160,9 +180,8 @@ def _matching(linears: dict[str, nn.Module], target: str) -> dict[str, nn.Module
     return {n: m for n, m in linears.items() if n == target or n.endswith("." + target)}
 
 
-def patch_model(base: nn.Module, pool: KnowledgePool, state: RoutingState | None = None) -> RoutingState:
-    """Replace the pool's linears in `base`, in place; the returned state's `use(routing)` selects the
-    mixtures.
+def replace_linears(base: nn.Module, pool: KnowledgePool, state: RoutingState) -> None:
+    """Replace the pool's linears in `base`, in place; `state.use(routing)` selects the mixtures.
 
     All other parameters are frozen. Raises ValueError when `base` is patched already or lacks a linear of the
     pool's shape; nothing is changed then.
@@ -182,16 +201,14 @@ def patch_model(base: nn.Module, pool: KnowledgePool, state: RoutingState | None
                 f"the pool was made for another base model: {name} is {got} here and {shape} there"
             )
         layers[name] = layer
-    state = RoutingState() if state is None else state
     state.trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
     base.requires_grad_(False)
     pool.to(next(base.parameters()).device)
     for name, layer in layers.items():
         base.set_submodule(name, MixtureLinear(layer, pool.factors[pool.module_index[name]], pool, state))
-    return state
 
 
-def unpatch_model(base: nn.Module) -> nn.Module:
+def restore_linears(base: nn.Module) -> None:
     """Put the original linears back, in place, and make trainable again what was so before patching."""
     states = set()
     for name, module in list(base.named_modules()):
@@ -201,7 +218,6 @@ def unpatch_model(base: nn.Module) -> nn.Module:
     for state in states:
         for parameter in state.trainable:
             parameter.requires_grad_(True)
-    return base
 
 
 def checkpoint_contexts(state: RoutingState):

@@ -15,7 +15,8 @@ from transformers.utils import TransformersKwargs
 from slm_fast.answers import Prediction, answer_all
 from slm_fast.config import KEY_METHODS, SLMConfig
 from slm_fast.encoder import Encoder, check_texts, mean_pool
-from slm_fast.layers import checkpoint_contexts, default_pool, patch_model, unpatch_model
+from slm_fast.fast_forward import patch_model, unpatch_model
+from slm_fast.layers import checkpoint_contexts, default_pool
 from slm_fast.loading import load_tokenizer, with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
 from slm_fast.routing import Routing

@@ -7,6 +7,12 @@
 
 #include "../ops.h"
 
+#ifdef SLM_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace slm {
 namespace {
 
@@ -15,6 +21,16 @@ struct Isa {
   bool supported;
   const Kernels* (*kernels)();
 };
+
+#ifdef SLM_AMX
+// Whether the processor has AMX tiles for bf16 and the kernel lets this process use them.
+bool amx_granted() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
@@ -26,6 +42,9 @@ const std::vector<Isa>& isas() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef SLM_AMX
+    list.push_back({"amx", bf16 && amx_granted(), kernels_amx});
+#endif
     list.push_back({"avx512_bf16", bf16, kernels_avx512_bf16});
     list.push_back({"avx512", avx512, kernels_avx512});
     list.push_back({"avx2", avx2, kernels_avx2});
@@ -47,7 +66,7 @@ const Isa& choose() {
                                   " is not supported by this processor");
     }
   }
-  throw std::invalid_argument("SLM_FAST_ISA must be avx512_bf16, avx512, avx2 or baseline, got " +
+  throw std::invalid_argument("SLM_FAST_ISA must be amx, avx512_bf16, avx512, avx2 or baseline, got " +
                               std::string(wanted));
 }
 

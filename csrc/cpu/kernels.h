@@ -8,6 +8,54 @@ namespace slm {
 
 constexpr int64_t kBlock = 128;  // columns of one packed panel and of one axpy call
 
+constexpr int64_t kReadPiece = 16 * 1024;
+constexpr int64_t kRowsOfBlock = 64;  // rows of a weight that `LinearKernels::rows` multiplies at once
+constexpr int64_t kMostTokens = 64;   // tokens that share one pass over the weights
+constexpr int64_t kRowsOfTile = 16;   // weights are shared out among threads in multiples of this
+
+// The stages of a linear group (linear_group.h). h is what the linears read: after the prologue, rounded to
+// the weights' dtype, [num_t, dim]. h32 is the same in fp32.
+struct LinearKernels {
+  int multiplies_bf16;  // `rows` and `shrink` take bf16 h for bf16 weights and factors; otherwise they take
+                        // h32
+
+  // One token, or a part of one without rms_norm. h and h32 may each be null.
+  void (*widen)(const void* x, int dtype, int64_t n, float* h32);
+  void (*rms_norm)(const void* x, const void* weight, int dtype, float eps, int64_t n, void* h, float* h32);
+  void (*silu_mul)(const void* gate, const void* up, int dtype, int64_t n, void* h, float* h32);
+
+  // AMX only, else null: the layout that `rows` reads bf16 tokens from, written in parts (begin:end of
+  // packed_parts(dim)), and what a thread does before its first and after its last call of `rows`.
+  int64_t (*packed_bytes)(int64_t num_t, int64_t dim);
+  int64_t (*packed_parts)(int64_t dim);
+  void (*pack)(const void* h, int64_t num_t, int64_t dim, int64_t begin, int64_t end, void* packed);
+  void (*enter)(int64_t num_t);
+  void (*leave)();
+
+  // acc[t * kRowsOfBlock + r] = <w[r], h[t]> for num_r <= kRowsOfBlock rows and num_t <= kMostTokens tokens.
+  // `next` is the memory that the thread will read after these rows.
+  void (*rows)(const void* w, int w_dtype, int64_t num_r, const void* h, int h_dtype, const void* packed,
+               int64_t num_t, int64_t dim, const void* next, float* acc);
+
+  // u[m * num_j + j] = coef[m] * <A[j], h[tokens[m]]>
+  void (*shrink)(const void* h, int h_dtype, const int32_t* tokens, const float* coef, int64_t num_m,
+                 const void* A, int a_dtype, int64_t num_j, int64_t u_stride, int64_t dim, const void* next,
+                 float* u);
+
+  // For the num_m tokens of one entry, t = tokens[m], all different:
+  // mix[t, :width] = (adds[m] ? mix[t, :width] : 0) + sum_j u[m * num_j + j] * B[j * stride : j * stride +
+  // width]
+  void (*expand)(const float* u, int64_t num_j, const int32_t* tokens, const uint8_t* adds, int64_t num_m,
+                 const void* B, int b_dtype, int64_t stride, int64_t width, const void* next, float* mix,
+                 int64_t mix_stride);
+
+  // y[t, :width] = acc[t * kRowsOfBlock, :width] + bias + (mixed[t] ? mix[t] : nothing) + residual[t],
+  // rounded once. bias, mixed and residual may be null; residual has y's stride.
+  void (*finish)(const float* acc, int64_t num_t, int64_t width, const void* bias, const uint8_t* mixed,
+                 const float* mix, int64_t mix_stride, const void* residual, int dtype, int64_t y_stride,
+                 void* y);
+};
+
 struct Kernels {
   // out[t * out_stride + cols[j]] = <x[t], f[rows[j]]> over `dim`; x and f are contiguous rows of `dim`.
   // scratch: (4 + num_j) * dim floats, rounded up to 64 bytes each row of `pad(dim)`.
@@ -29,6 +77,11 @@ struct Kernels {
   void (*search)(const float* query, int64_t num_q, int64_t dim, const void* keys, int key_dtype,
                  int64_t begin, int64_t end, const float* bias, const uint8_t* mask, int64_t mask_stride,
                  int64_t top_k, float* scores, int32_t* indices);
+
+  // The bitwise or of `bytes` bytes, a multiple of kReadPiece.
+  uint64_t (*read)(const char* begin, int64_t bytes);
+
+  LinearKernels linear;
 };
 
 static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -38,6 +91,9 @@ const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+#ifdef SLM_AMX
+const Kernels* kernels_amx();
+#endif
 #endif
 
 }  // namespace slm

@@ -9,4 +9,8 @@
 
 #include "search.inc"
 
+#include "read.inc"
+
+#include "linear.inc"
+
 const slm::Kernels* slm::kernels_avx2() { return &slm::SLM_ISA::table; }

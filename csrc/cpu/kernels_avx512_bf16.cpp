@@ -10,4 +10,8 @@
 
 #include "search.inc"
 
+#include "read.inc"
+
+#include "linear.inc"
+
 const slm::Kernels* slm::kernels_avx512_bf16() { return &slm::SLM_ISA::table; }

@@ -14,6 +14,8 @@
 namespace slm {
 namespace {
 
+constexpr int kSpins = 2000;  // about 100 us
+
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread_num)() = nullptr;
@@ -62,40 +64,49 @@ const OpenMP& openmp() {
   return omp;
 }
 
-struct Job {
-  const std::function<void(int64_t)>* fn;
-  int64_t num_chunks;
-};
-
-void run_share(const Job& job, int64_t thread, int64_t num_threads) {
-  for (int64_t c = job.num_chunks * thread / num_threads; c < job.num_chunks * (thread + 1) / num_threads;
-       ++c)
-    (*job.fn)(c);
-}
+using Region = std::function<void(int, int)>;
 
 void openmp_region(void* data) {
   // The runtime may start fewer threads than asked for, so the shares follow the real number.
-  run_share(*static_cast<const Job*>(data), openmp().thread_num(), openmp().num_threads());
+  (*static_cast<const Region*>(data))(openmp().thread_num(), openmp().num_threads());
+}
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
 }
 
 }  // namespace
 
 const char* thread_pool() { return openmp().usable() ? "gomp" : "std::thread"; }
 
-void parallel_for(int64_t num_chunks, int num_threads, const std::function<void(int64_t)>& fn) {
-  const int64_t threads = std::min<int64_t>(num_threads, num_chunks);
-  Job job{&fn, num_chunks};
-  if (threads <= 1) {
-    run_share(job, 0, 1);
+void parallel_region(int num_threads, const Region& fn) {
+  if (num_threads <= 1) {
+    fn(0, 1);
   } else if (openmp().usable()) {
-    openmp().parallel(openmp_region, &job, static_cast<unsigned>(threads), 0);
+    openmp().parallel(openmp_region, const_cast<Region*>(&fn), static_cast<unsigned>(num_threads), 0);
   } else {
     std::vector<std::thread> workers;
-    for (int64_t t = 1; t < threads; ++t)
-      workers.emplace_back([&job, t, threads] { run_share(job, t, threads); });
-    run_share(job, 0, threads);
+    for (int t = 1; t < num_threads; ++t) workers.emplace_back([&fn, t, num_threads] { fn(t, num_threads); });
+    fn(0, num_threads);
     for (std::thread& worker : workers) worker.join();
   }
+}
+
+void parallel_for(int64_t num_chunks, int num_threads, const std::function<void(int64_t)>& fn) {
+  parallel_region(static_cast<int>(std::min<int64_t>(num_threads, num_chunks)), [&](int thread, int threads) {
+    const int64_t end = share_begin(num_chunks, thread + 1, threads);
+    for (int64_t c = share_begin(num_chunks, thread, threads); c < end; ++c) fn(c);
+  });
+}
+
+void Barrier::wait(int threads, int64_t& round) {
+  const int64_t wanted = ++round * threads;
+  arrived_.fetch_add(1, std::memory_order_acq_rel);
+  // A thread that lost its core is waited for without keeping the core from it.
+  for (int spins = 0; arrived_.load(std::memory_order_acquire) < wanted; ++spins)
+    spins < kSpins ? pause() : std::this_thread::yield();
 }
 
 }  // namespace slm

@@ -17,8 +17,17 @@ constexpr int kTileT = SLM_TILE_T;
 inline V zero() { return _mm256_setzero_ps(); }
 inline V set1(float a) { return _mm256_set1_ps(a); }
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+inline V clamp(V a, float lo, float hi) { return _mm256_min_ps(_mm256_max_ps(a, set1(lo)), set1(hi)); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline bool any_greater(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+
+// 2^n of an integer n that sits in the low bits of `biased`, as kRounder + n leaves it there.
+inline V pow2(V biased) {
+  const __m256i n = _mm256_add_epi32(_mm256_castps_si256(biased), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(n, 23));
+}
 
 inline V from(__m128i h, bf16_t) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -47,6 +56,12 @@ inline __m128i to(V v, bf16_t) {
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 inline __m128i to(V v, f16_t) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// v as a T would hold it.
+template <class T>
+inline V rounded(V v, T) {
+  return from(to(v, T{}), T{});
+}
 
 inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 template <class T>

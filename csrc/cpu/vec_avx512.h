@@ -18,8 +18,17 @@ inline __mmask16 lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline V zero() { return _mm512_setzero_ps(); }
 inline V set1(float a) { return _mm512_set1_ps(a); }
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+inline V clamp(V a, float lo, float hi) { return _mm512_min_ps(_mm512_max_ps(a, set1(lo)), set1(hi)); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline bool any_greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+
+// 2^n of an integer n that sits in the low bits of `biased`, as kRounder + n leaves it there.
+inline V pow2(V biased) {
+  const __m512i n = _mm512_add_epi32(_mm512_castps_si512(biased), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(n, 23));
+}
 
 inline V from(__m256i h, bf16_t) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
@@ -37,6 +46,11 @@ inline V load_n(const T* p, int n) {
   return from(_mm256_maskz_loadu_epi16(lanes(n), p), T{});
 }
 
+#ifdef SLM_DPBF16
+inline __m256i to(V v, bf16_t) {
+  return (__m256i)_mm512_cvtneps_pbh(v);
+}  // subnormals become 0, as in products
+#else
 inline __m256i to(V v, bf16_t) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -45,7 +59,14 @@ inline __m256i to(V v, bf16_t) {
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
+#endif
 inline __m256i to(V v, f16_t) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// v as a T would hold it.
+template <class T>
+inline V rounded(V v, T) {
+  return from(to(v, T{}), T{});
+}
 
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 inline void store_n(float* p, V v, int n) { _mm512_mask_storeu_ps(p, lanes(n), v); }

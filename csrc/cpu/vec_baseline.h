@@ -15,6 +15,17 @@ constexpr int kTileT = SLM_TILE_T;
 inline V set1(float a) { return V{a, a, a, a}; }
 inline V zero() { return set1(0.0f); }
 inline V add(V a, V b) { return a + b; }
+inline V mul(V a, V b) { return a * b; }
+inline V div(V a, V b) { return a / b; }
+inline V clamp(V a, float lo, float hi) {
+  for (int i = 0; i < W; ++i) a[i] = a[i] < lo ? lo : a[i] > hi ? hi : a[i];
+  return a;
+}
+// 2^n of an integer n that sits in the low bits of `biased`, as kRounder + n leaves it there.
+inline V pow2(V biased) {
+  for (int i = 0; i < W; ++i) biased[i] = float_of((bits_of(biased[i]) + 127) << 23);
+  return biased;
+}
 inline V fma(V a, V b, V c) { return a * b + c; }  // two roundings: built with -ffp-contract=off
 inline bool any_greater(V a, V b) { return a[0] > b[0] || a[1] > b[1] || a[2] > b[2] || a[3] > b[3]; }
 
@@ -42,6 +53,14 @@ inline void store_n(T* p, V v, int n) {
 template <class T>
 inline void store(T* p, V v) {
   store_n(p, v, W);
+}
+
+// v as a T would hold it.
+template <class T>
+inline V rounded(V v, T) {
+  T lane[W];
+  store(lane, v);
+  return load(lane);
 }
 
 inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }

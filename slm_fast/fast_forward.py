@@ -1,0 +1,227 @@
+"""The fast path of LLaMA-like models: `patch_model`, `unpatch_model`.
+
+A patched model keeps its modules, parameters, signature, outputs, caches and `generate`. Its targeted linears
+become `MixtureLinear`s; its decoder layers, while they decode on the CPU, run as four calls that read their
+weights once (see `cpu_linear.LinearGroup`):
+
+    q, k, v = linears(rms_norm(x));  x = x + o_proj(attention(rope(q), rope(k), v))
+    gate, up = linears(rms_norm(x));  x = x + down_proj(silu(gate) * up)
+
+with every row's mixture added inside the call. Attention, cache and mask are transformers' own. Whatever this
+path does not know (training, prefill, hooks on inner modules, other attention functions) goes through the
+layer's own forward, with the same mixtures.
+"""
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from slm_fast import dispatch
+from slm_fast.cpu_linear import LinearGroup
+from slm_fast.layers import MixtureLinear, RoutingState, replace_linears, restore_linears
+from slm_fast.pool import KnowledgePool
+
+# Layers whose forward is the one above. Their attentions differ in what they pass on beside it.
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+MOST_TOKENS = 64  # of a step that is bound by the bytes of the weights
+
+
+def patch_model(base: nn.Module, pool: KnowledgePool, state: RoutingState | None = None) -> RoutingState:
+    """Give `base` the pool's mixtures, in place; the returned state's `use(routing)` selects them.
+
+    All parameters are frozen. Raises ValueError when `base` is patched already or lacks a linear of the
+    pool's shape; nothing is changed then.
+    """
+    state = RoutingState() if state is None else state
+    replace_linears(base, pool, state)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    for module in base.modules():
+        if type(module).__name__ in LAYERS:
+            module.__class__ = _fast_class(FastDecoderLayer, type(module))
+            module.fast = FastPath(pool, state)
+    if type(head) is nn.Linear and any(isinstance(module, FastDecoderLayer) for module in base.modules()):
+        head.__class__ = _fast_class(FastHead, nn.Linear)
+        head.fast = FastPath(pool, state)
+    return state
+
+
+def unpatch_model(base: nn.Module) -> nn.Module:
+    """Put the original linears and layers back, in place, and make trainable again what was so before."""
+    for module in base.modules():
+        if isinstance(module, FastDecoderLayer | FastHead):
+            module.__class__ = type(module).original
+            del module.fast
+    restore_linears(base)
+    return base
+
+
+@functools.cache
+def _fast_class(mixin: type, original: type) -> type:
+    """`original` with the mixin's forward. It keeps its name, by which transformers finds things."""
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "original": original}
+    return type(original.__name__, (mixin, original), names)
+
+
+def _rebuilt(mixin: type, original: type) -> nn.Module:
+    cls = _fast_class(mixin, original)
+    return cls.__new__(cls)
+
+
+class FastPath:
+    """What a fast module needs beside its own weights; its groups of linears are made when first needed."""
+
+    def __init__(self, pool: KnowledgePool, state: RoutingState) -> None:
+        self.pool, self.state = pool, state
+        self.groups: tuple[LinearGroup, ...] | None = None
+
+    def __getstate__(self) -> dict:
+        return {"pool": self.pool, "state": self.state, "groups": None}  # groups hold addresses
+
+    def runs(self, x: Tensor) -> bool:
+        """Whether x [rows, tokens, features] is a decoding step that this path may take."""
+        return (
+            x.device.type == "cpu"
+            and x.shape[0] * x.shape[1] <= MOST_TOKENS
+            and not (torch.is_grad_enabled() and (x.requires_grad or self.pool.owner is not None))
+            and not torch.is_autocast_enabled("cpu")
+            and dispatch.select(x, self.pool.backend) == "cpu"
+        )
+
+    def step(self, rows: int, num_tokens: int) -> object | None:
+        """The running routing for a batch of `rows`, a multiple of its own."""
+        routing = self.state.routing
+        if routing is not None and (routing.num_rows == 0 or rows % routing.num_rows):
+            wanted = routing.num_rows
+            raise ValueError(f"the batch has {rows} rows, which is not a multiple of the routing's {wanted}")
+        return self.state.step(self.pool, num_tokens)
+
+
+def hooked(modules: tuple[nn.Module, ...]) -> bool:
+    """Whether somebody listens to one of the modules. What transformers leaves on attentions to record their
+    weights does not count: the attention function of this path has none to give."""
+    for module in modules:
+        if module._forward_pre_hooks or module._forward_hooks:
+            names = {getattr(hook, "__name__", "") for hook in module._forward_hooks.values()}
+            if module._forward_pre_hooks or names != {"output_capturing_hook"}:
+                return True
+    return False
+
+
+class FastDecoderLayer:
+    """A decoder layer that decodes as the module's docstring says."""
+
+    original: type
+    fast: FastPath
+
+    def __reduce_ex__(self, protocol):
+        return _rebuilt, (FastDecoderLayer, self.original), self.__dict__
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        if torch.compiler.is_compiling() or args or not self._runs(hidden_states, kwargs):
+            return super().forward(hidden_states, *args, **kwargs)
+        shape, attention = hidden_states.shape, self.self_attn
+        qkv, out, gate_up, down = self.fast.groups
+        x = hidden_states.reshape(-1, shape[-1]).contiguous()
+        step = self.fast.step(shape[0], x.shape[0])
+        q, k, v = qkv(x, routing=step)
+        heads = (*shape[:2], -1, attention.head_dim)
+        cos, sin = (t[:, :, None] for t in kwargs["position_embeddings"])
+        q, k = (rotate(t.view(heads), cos, sin).transpose(1, 2) for t in (q, k))
+        v = v.view(heads).transpose(1, 2)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None:
+            k, v = updated(cache, k, v, attention.layer_idx, kwargs)
+        attend, mask = ALL_ATTENTION_FUNCTIONS["sdpa"], kwargs.get("attention_mask")
+        mixed, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling)
+        (x,) = out(mixed.reshape(x.shape[0], -1), residual=x, routing=step)
+        gate, up = gate_up(x, routing=step)
+        (x,) = down(gate, up, residual=x, routing=step)
+        return x.view(shape)
+
+    def _runs(self, x: Tensor, kwargs: dict) -> bool:
+        if not self.fast.runs(x):
+            return False
+        if self.fast.groups is None:
+            self._build()
+        return (
+            bool(self.fast.groups)
+            and self.fast.groups[0].dtype == x.dtype
+            and self.self_attn.config._attn_implementation == "sdpa"
+            and "position_embeddings" in kwargs
+            and not kwargs.get("output_attentions")
+            and not hooked(self.fast.inner)
+        )
+
+    def _build(self) -> None:
+        attention, mlp = self.self_attn, self.mlp
+        norms = self.input_layernorm, self.post_attention_layernorm
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        bases = tuple(m.base_layer if isinstance(m, MixtureLinear) else m for m in linears)
+        self.fast.inner = (attention, mlp, mlp.act_fn, *norms, *linears, *bases)
+        dtypes = {p.dtype for module in (*bases, *norms) for p in module.parameters()}
+        plain = all(type(base) is nn.Linear for base in bases) and type(mlp.act_fn).__name__.startswith(
+            "SiLU"
+        )
+        if not plain or len(dtypes) != 1:
+            self.fast.groups = ()
+            return
+        parts = [(m.weight, m.bias, m.factors if isinstance(m, MixtureLinear) else None) for m in linears]
+        eps, weights = [norm.variance_epsilon for norm in norms], [norm.weight for norm in norms]
+        self.fast.groups = (
+            LinearGroup(parts[:3], prologue="rms_norm", norm_weight=weights[0], eps=eps[0]),
+            LinearGroup(parts[3:4]),
+            LinearGroup(parts[4:6], prologue="rms_norm", norm_weight=weights[1], eps=eps[1]),
+            LinearGroup(parts[6:], prologue="silu_mul"),
+        )
+
+
+class FastHead:
+    """The output embedding, without a mixture."""
+
+    original: type
+    fast: FastPath
+
+    def __reduce_ex__(self, protocol):
+        return _rebuilt, (FastHead, self.original), self.__dict__
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            torch.compiler.is_compiling()
+            or x.dim() != 3
+            or x.dtype != self.weight.dtype
+            or not self.fast.runs(x)
+        ):
+            return super().forward(x)
+        if self.fast.groups is None:
+            self.fast.groups = (LinearGroup([(self.weight, self.bias, None)]),)
+        (y,) = self.fast.groups[0](x.reshape(-1, x.shape[-1]).contiguous())
+        return y.view(*x.shape[:-1], -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [rows, tokens, heads, size]: its halves are turned by the angles."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x * cos + turned * sin
+
+
+@functools.cache
+def _update_takes(cache_class: type) -> str:
+    parameters = inspect.signature(cache_class.update).parameters
+    if "cache_kwargs" in parameters:
+        return "cache_kwargs"
+    return "kwargs" if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else ""
+
+
+def updated(cache, k: Tensor, v: Tensor, layer_idx: int, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """All keys and values so far; releases of transformers differ in what else a cache wants to know."""
+    takes = _update_takes(type(cache))
+    if takes == "cache_kwargs":
+        cos, sin = kwargs["position_embeddings"]
+        known = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
+        return cache.update(k, v, layer_idx, known)
+    return cache.update(k, v, layer_idx, **({"kwargs": kwargs} if takes == "kwargs" else {}))

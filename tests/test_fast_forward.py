@@ -1,0 +1,257 @@
+import copy
+import io
+
+import pytest
+import torch
+import transformers
+from conftest import clustered_embeddings, tiny_base, tiny_model
+from slm_fast.cpu_linear import LinearGroup
+
+from slm_fast import fast_forward, get_slm_model, patch_model, unpatch_model
+from slm_fast.config import SLMConfig
+from slm_fast.fast_forward import FastDecoderLayer, FastHead
+from slm_fast.layers import default_pool
+
+FAMILIES = ("llama", "mistral", "qwen2")
+
+
+def family_model(family: str, dtype=torch.float32, **config):
+    """tiny_model, and the same for Qwen2, whose q, k and v have biases."""
+    if family != "qwen2":
+        return tiny_model(family, dtype=dtype, **config)
+    transformers.set_seed(0)
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+    )
+    base = transformers.AutoModelForCausalLM.from_config(
+        transformers.Qwen2Config(num_key_value_heads=2, pad_token_id=0, **sizes), dtype=dtype
+    ).eval()
+    for layer in base.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            torch.nn.init.normal_(getattr(layer.self_attn, name).bias)
+    settings = dict(r=4, top_k=2, entries_per_task=2, target_modules="all-linear", temperature=4.0)
+    model = get_slm_model(base, SLMConfig(**(settings | config)))
+    for t in range(3):
+        model.add_task(f"task{t}", embeddings=clustered_embeddings(t), progress=False)
+    for factors in model.pool.factors:
+        torch.nn.init.normal_(factors.B, std=0.1)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The groups of linears that ran."""
+    seen, real = [], LinearGroup.__call__
+
+    def call(self, *args, **kwargs):
+        seen.append(self)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LinearGroup, "__call__", call)
+    return seen
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Runs a function without the fast path."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(fast_forward, "MOST_TOKENS", 0)
+            return function()
+
+    return run
+
+
+def left_padded(rows=3, length=7):
+    ids = torch.randint(1, 96, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        ids[row, :row], mask[row, :row] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def routing_of(model, rows=3):
+    return model.pool.search(torch.stack([clustered_embeddings(t)[0] for t in range(rows)]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", ["all-linear", ["o_proj"], ["q_proj", "down_proj"]], ids=str)
+def test_logits_are_those_of_the_ordinary_layers(family, targets, calls, slow):
+    model = family_model(family, target_modules=targets)
+    inputs, routing = left_padded(), routing_of(model)
+
+    def run(**options):
+        with torch.no_grad():
+            return model(**inputs, routing=routing, **options)
+
+    got, want = run(output_hidden_states=True), slow(lambda: run(output_hidden_states=True))
+    assert len(calls) == 2 * 4 + 1  # two layers and the head
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
+    assert len(got.hidden_states) == len(want.hidden_states) == 3
+    for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    step = inputs | {"input_ids": inputs["input_ids"][:, :1], "attention_mask": torch.ones(3, 8).long()}
+    logits = []
+    for out in (got, want):
+        cache = out.get("past_key_values", None) or out.get("cache")
+        name = "past_key_values" if "past_key_values" in out else "cache"
+        with torch.no_grad():
+            logits.append(model(**step, routing=routing, **{name: cache}).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"repetition_penalty": 1.5},
+    ],
+    ids=str,
+)
+def test_generation_gives_the_same_tokens(family, options, calls, slow):
+    model = family_model(family)
+    inputs, routing = left_padded(), routing_of(model)
+
+    options = {"do_sample": False, "max_new_tokens": 8} | options
+
+    def run():
+        transformers.set_seed(0)
+        return model.generate(**inputs, routing=routing, **options)
+
+    got = run()
+    assert len(calls) >= 8 * 4
+    assert torch.equal(got, slow(run))
+    base = model.generate(**inputs, adapter_names=["__base__"] * 3, **options)
+    assert got.shape != base.shape or not torch.equal(got, base)  # the mixtures matter
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rows_without_weights_are_the_model_without_a_pool(dtype, calls):
+    model = tiny_model("llama", dtype=dtype)
+    inputs, routing = left_padded(), routing_of(model)
+    routing.weights[1] = 0
+    with torch.no_grad():
+        got = model(**inputs, routing=routing).logits
+        with model.state.use(None):
+            frozen = model.base_model(**inputs).logits
+    assert len(calls) == 2 * 9
+    assert torch.equal(got[1], frozen[1]) and not torch.equal(got[0], frozen[0])
+
+
+def test_a_row_gives_the_same_bits_in_any_batch():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    ids, routing = torch.randint(1, 96, (3, 1)), routing_of(model)
+    with torch.no_grad():
+        batch = model(input_ids=ids, routing=routing).logits
+        for row in range(3):
+            alone = model(input_ids=ids[row : row + 1], routing=routing.rows(slice(row, row + 1))).logits
+            assert torch.equal(alone[0], batch[row])
+
+
+def test_half_precision_is_as_near_as_the_ordinary_layers(slow):
+    exact, model = tiny_model("llama"), tiny_model("llama", dtype=torch.bfloat16)
+    model.base_model.load_state_dict(exact.base_model.state_dict())
+    exact.base_model.load_state_dict({k: v.float() for k, v in model.base_model.state_dict().items()})
+    inputs, routing = left_padded(), routing_of(model)
+    with torch.no_grad():
+        want = exact(**inputs, routing=routing).logits[:, -1]
+        run = lambda: model(**inputs, routing=routing).logits[:, -1].float()  # noqa: E731
+        got, ordinary = run(), slow(run)
+    assert (got - want).abs().max() <= 2 * (ordinary - want).abs().max() + 1e-2 * want.abs().max()
+
+
+def test_hooks_on_inner_modules_run(calls):
+    model = tiny_model("llama")
+    layer, seen = model.base_model.model.layers[0], []
+    handle = layer.mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        model(**left_padded(), routing=routing_of(model))
+        assert len(seen) == 1 and len(calls) == 4 + 1
+        handle.remove()
+        model(**left_padded(), routing=routing_of(model))
+    assert len(seen) == 1 and len(calls) == 2 * 4 + 1 + 5
+
+
+def test_attentions_are_recorded(calls):
+    model = tiny_model("llama")
+    model.base_model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**left_padded(), routing=routing_of(model), output_attentions=True)
+    assert len(out.attentions) == 2 and out.attentions[0].shape == (3, 4, 7, 7)
+    assert len(calls) == 1  # the head alone
+
+
+def test_training_goes_through_the_ordinary_layers(calls):
+    model = tiny_model("llama")
+    ids = left_padded()["input_ids"]
+    with model.training_task("task0"):
+        routing = model.pool.search(clustered_embeddings(0)[:3], "task0")
+        model(input_ids=ids, routing=routing, labels=ids).loss.backward()
+        grads = [p.grad for p in model.pool.parameters() if p.grad is not None]
+        assert not calls and len(grads) > 10 and all(g.isfinite().all() for g in grads)
+
+
+def test_long_prompts_take_the_library(calls):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model(input_ids=torch.randint(1, 96, (3, 22)), routing=routing_of(model))
+    assert not calls
+
+
+def test_a_pool_that_grew_is_seen(slow):
+    model = tiny_model("llama")
+    ids = torch.randint(1, 96, (2, 1))
+    with torch.no_grad():
+        model(input_ids=ids, routing=routing_of(model, 2))
+        for t in range(3, 12):
+            model.add_task(f"task{t}", embeddings=clustered_embeddings(t), progress=False)
+        for factors in model.pool.factors:
+            torch.nn.init.normal_(factors.B, std=0.1)
+        names = ["task11", "task4"]
+        run = lambda: model(input_ids=ids, adapter_names=names).logits  # noqa: E731
+        torch.testing.assert_close(run(), slow(run), rtol=0, atol=1e-5)
+
+
+def test_rows_must_divide():
+    model = tiny_model("llama")
+    with torch.no_grad(), model.state.use(routing_of(model, 2)), pytest.raises(ValueError, match="multiple"):
+        model.base_model(torch.randint(1, 96, (3, 1)))
+
+
+def test_patching_keeps_names_and_is_undone():
+    base = tiny_base("llama")
+    classes, keys = [type(m) for m in base.modules()], set(base.state_dict())
+    patch_model(base, default_pool(base, SLMConfig(target_modules=["o_proj"])))
+    layer = base.model.layers[0]
+    assert isinstance(layer, FastDecoderLayer) and isinstance(layer, classes[4])
+    assert type(layer).__name__ == "LlamaDecoderLayer" and str(type(layer)) == str(classes[4])
+    assert isinstance(base.lm_head, FastHead)
+    assert set(base.state_dict()) == {k.replace("o_proj.w", "o_proj.base_layer.w") for k in keys}
+    unpatch_model(base)
+    assert [type(m) for m in base.modules()] == classes and set(base.state_dict()) == keys
+    assert not hasattr(base.model.layers[0], "fast")
+
+
+def test_copies_and_pickles_run_by_themselves(calls):
+    model = tiny_model("llama")
+    ids, routing = torch.randint(1, 96, (3, 1)), routing_of(model)
+    with torch.no_grad():
+        want = model(input_ids=ids, routing=routing).logits
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert other.base_model.model.layers[0].fast.state is other.state
+            assert other.base_model.model.layers[0].fast.pool is other.pool
+            assert torch.equal(other(input_ids=ids, routing=routing).logits, want)
+            other.base_model.model.layers[0].mlp.up_proj.weight.data.zero_()
+            assert not torch.equal(other(input_ids=ids, routing=routing).logits, want)
+        assert torch.equal(model(input_ids=ids, routing=routing).logits, want)
+    assert len(calls) == 6 * 9
