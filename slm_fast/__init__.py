@@ -3,7 +3,7 @@
 from slm_fast.answers import Prediction
 from slm_fast.config import SLMConfig
 from slm_fast.encoder import Encoder
-from slm_fast.fast_forward import patch_model, unpatch_model
+from slm_fast.fast_forward import fast_forward, patch_model, unpatch_model
 from slm_fast.model import SLMModel, get_slm_model
 from slm_fast.pool import KnowledgePool
 from slm_fast.routing import Routing
@@ -16,6 +16,7 @@ __all__ = [
     "Routing",
     "SLMConfig",
     "SLMModel",
+    "fast_forward",
     "get_slm_model",
     "patch_model",
     "unpatch_model",

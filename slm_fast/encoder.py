@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from slm_fast.config import SLMConfig
 from slm_fast.loading import resolve_name
 
 logger = logging.getLogger(__name__)
@@ -186,3 +187,11 @@ def check_texts(texts: Sequence[str]) -> list[str]:
         if not text.strip():
             raise ValueError(f"texts[{row}] is empty")
     return texts
+
+
+def make_encoder(config: SLMConfig, encoder=None) -> Encoder:
+    """The encoder given, or the one that the config names; without one only `embeddings=` can route."""
+    if isinstance(encoder, Encoder):
+        return encoder
+    source = encoder if encoder is not None else config.encoder_name_or_path
+    return Encoder(source, query_layers=config.query_layers, max_length=config.encoder_max_length)

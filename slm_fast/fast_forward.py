@@ -1,8 +1,9 @@
-"""The fast path of LLaMA-like models: `patch_model`, `unpatch_model`.
+"""The fast path of LLaMA-like models: `patch_model`, `unpatch_model`, `fast_forward`.
 
-A patched model keeps its modules, parameters, signature, outputs, caches and `generate`. Its targeted linears
-become `MixtureLinear`s; its decoder layers, while they decode on the CPU, run as four calls that read their
-weights once (see `cpu_linear.LinearGroup`):
+A patched model keeps its modules, parameters, signature, outputs, caches and `generate`; `forward` and
+`generate` also take `texts=`, `embeddings=`, `routing=` or `adapter_names=`, one item for each row. Its
+targeted linears become `MixtureLinear`s; its decoder layers, while they decode on the CPU, run as four calls
+that read their weights once (see `cpu_linear.LinearGroup`):
 
     q, k, v = linears(rms_norm(x));  x = x + o_proj(attention(rope(q), rope(k), v))
     gate, up = linears(rms_norm(x));  x = x + down_proj(silu(gate) * up)
@@ -12,8 +13,11 @@ path does not know (training, prefill, hooks on inner modules, other attention f
 layer's own forward, with the same mixtures.
 """
 
+import contextlib
+import copy
 import functools
 import inspect
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +27,22 @@ from slm_fast import dispatch
 from slm_fast.cpu_linear import LinearGroup
 from slm_fast.layers import MixtureLinear, RoutingState, replace_linears, restore_linears
 from slm_fast.pool import KnowledgePool
+from slm_fast.router import SOURCES, Router, num_rows
 
 # Layers whose forward is the one above. Their attentions differ in what they pass on beside it.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 MOST_TOKENS = 64  # of a step that is bound by the bytes of the weights
 
 
-def patch_model(base: nn.Module, pool: KnowledgePool, state: RoutingState | None = None) -> RoutingState:
-    """Give `base` the pool's mixtures, in place; the returned state's `use(routing)` selects them.
+def patch_model(
+    base: nn.Module, pool: KnowledgePool, state: RoutingState | None = None, *, encoder=None
+) -> RoutingState:
+    """Give `base` the pool's mixtures, in place: `base(..., texts=[...])`, `base.generate(..., routing=...)`.
 
-    All parameters are frozen. Raises ValueError when `base` is patched already or lacks a linear of the
-    pool's shape; nothing is changed then.
+    Without such an argument the rows get what `use(routing)` of the returned state says, by default nothing:
+    the frozen model. `encoder` embeds `texts=`, see `get_slm_model`; by default the one that the pool's
+    config names. All parameters are frozen. Raises ValueError when `base` is patched already or lacks a
+    linear of the pool's shape; nothing is changed then.
     """
     state = RoutingState() if state is None else state
     replace_linears(base, pool, state)
@@ -45,29 +54,117 @@ def patch_model(base: nn.Module, pool: KnowledgePool, state: RoutingState | None
     if type(head) is nn.Linear and any(isinstance(module, FastDecoderLayer) for module in base.modules()):
         head.__class__ = _fast_class(FastHead, nn.Linear)
         head.fast = FastPath(pool, state)
+    base.__class__ = _fast_class(FastModel, type(base))
+    base.mixtures = state, Router(pool, encoder)
     return state
 
 
 def unpatch_model(base: nn.Module) -> nn.Module:
     """Put the original linears and layers back, in place, and make trainable again what was so before."""
     for module in base.modules():
-        if isinstance(module, FastDecoderLayer | FastHead):
+        if isinstance(module, FastModel | FastDecoderLayer | FastHead):
             module.__class__ = type(module).original
-            del module.fast
+            for name in ("fast", "mixtures"):
+                module.__dict__.pop(name, None)
     restore_linears(base)
     return base
+
+
+def fast_forward(model: nn.Module, *args, pool: KnowledgePool | None = None, encoder=None, **kwargs):
+    """`model(*args, **kwargs)` with every row's mixture, whether the model is patched or not.
+
+    Takes what a patched model's forward takes. A model that is not patched stays as it is: a twin that
+    shares its parameters is patched with `pool` instead, and kept for the next call.
+    Raises ValueError when `model` is not patched and `pool` is missing, or is patched with another pool.
+    """
+    if isinstance(model, FastModel):
+        if pool is not None and pool is not model.mixtures[1].pool:
+            raise ValueError("the model is patched with another pool")
+        return model(*args, **kwargs)
+    if pool is None:
+        raise ValueError("the model is not patched: pass pool=, or call patch_model(model, pool) first")
+    tensors = [*map(id, model.parameters()), *map(id, model.buffers())]
+    known = _twins.get(model)
+    if known is None or known[0] is not pool or known[1] != tensors:
+        twin = _twin(model, {})
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        patch_model(twin, pool, encoder=encoder)
+        for parameter in trainable:  # of the caller's model
+            parameter.requires_grad_(True)
+        known = _twins[model] = pool, tensors, twin
+    twin = known[2]
+    if twin.training != model.training:
+        twin.train(model.training)
+    return twin(*args, **kwargs)
+
+
+_twins: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
+
+
+def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the tree of modules that holds the same parameters and buffers."""
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"the forward of a {type(module).__name__} was replaced from outside: use patch_model instead"
+        )
+    if module not in made:
+        twin = made[module] = copy.copy(module)
+        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+        children = module._modules.items()
+        twin._modules = {name: child if child is None else _twin(child, made) for name, child in children}
+    return made[module]
 
 
 @functools.cache
 def _fast_class(mixin: type, original: type) -> type:
     """`original` with the mixin's forward. It keeps its name, by which transformers finds things."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "original": original}
+    if mixin is FastModel:
+        names["forward"] = _routed_forward(original)
     return type(original.__name__, (mixin, original), names)
 
 
 def _rebuilt(mixin: type, original: type) -> nn.Module:
     cls = _fast_class(mixin, original)
     return cls.__new__(cls)
+
+
+def _routed_forward(original: type):
+    """`original.forward` that also takes the arguments that route rows, as its signature says."""
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        with self.routed(args, kwargs):
+            return original.forward(self, *args, **kwargs)
+
+    parameters = list(inspect.signature(original.forward).parameters.values())
+    rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SOURCES]
+    forward.__signature__ = inspect.Signature(parameters + added + rest)
+    return forward
+
+
+class FastModel:
+    """A patched model; its `forward` is made by `_routed_forward`."""
+
+    original: type
+    mixtures: tuple[RoutingState, Router]
+
+    def __reduce_ex__(self, protocol):
+        return _rebuilt, (FastModel, self.original), self.__dict__
+
+    def routed(self, args: tuple, kwargs: dict):
+        """The scope of a call, whose routing arguments are taken out of `kwargs`."""
+        sources = {name: kwargs.pop(name, None) for name in SOURCES}
+        if all(value is None for value in sources.values()):
+            return contextlib.nullcontext()
+        state, router = self.mixtures
+        return state.use(router.resolve(num_rows(args, kwargs), next(self.parameters()).device, **sources))
+
+    def generate(self, *args, **kwargs):
+        """transformers' `generate`; beams and return sequences of a row share its mixture."""
+        with torch.no_grad(), self.routed(args, kwargs):
+            return super().generate(*args, **kwargs)
 
 
 class FastPath:

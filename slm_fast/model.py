@@ -14,11 +14,12 @@ from transformers.utils import TransformersKwargs
 
 from slm_fast.answers import Prediction, answer_all
 from slm_fast.config import KEY_METHODS, SLMConfig
-from slm_fast.encoder import Encoder, check_texts, mean_pool
+from slm_fast.encoder import Encoder, check_texts, make_encoder, mean_pool
 from slm_fast.fast_forward import patch_model, unpatch_model
 from slm_fast.layers import checkpoint_contexts, default_pool
 from slm_fast.loading import load_tokenizer, with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
+from slm_fast.router import Router, num_rows
 from slm_fast.routing import Routing
 from slm_fast.storage import load_pool, save_pool
 
@@ -104,7 +105,7 @@ class SLMModel(nn.Module):
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if name in self.pool.tasks:
             raise ValueError(f"the pool already has a task {name!r}")
-        query = self._queries(texts, embeddings, progress).to(self.pool.keys.device)
+        query = self.router.queries(texts, embeddings, progress).to(self.pool.keys.device)
         bar = (lambda steps: tqdm(steps, desc=f"keys of {name}", leave=False)) if progress else None
         keys = self.pool.learn_keys(query, method, seed, bar)
         return self.pool.add_task(
@@ -132,17 +133,9 @@ class SLMModel(nn.Module):
 
     # ---- routing
 
-    def _queries(self, texts, embeddings, progress: bool = False) -> Tensor:
-        if (texts is None) == (embeddings is None):
-            raise ValueError("pass either texts= or embeddings=")
-        if embeddings is not None:
-            query = torch.as_tensor(embeddings).detach().float()
-            if query.ndim != 2 or query.shape[0] == 0:
-                raise ValueError(f"embeddings must be [B, D] with at least one row, got {list(query.shape)}")
-            if not bool(query.isfinite().all()):
-                raise ValueError("embeddings must be finite, got NaN or infinity")
-            return query
-        return self.encoder(texts, progress)
+    @property
+    def router(self) -> Router:
+        return Router(self.pool, self.encoder)
 
     def route(
         self,
@@ -153,7 +146,7 @@ class SLMModel(nn.Module):
         progress: bool = False,
     ) -> Routing:
         """Retrieve every text's entries and weights; `task` (one, or one per row) restricts them."""
-        return self.pool.search(self._queries(texts, embeddings, progress), task)
+        return self.pool.search(self.router.queries(texts, embeddings, progress), task)
 
     def explain(self, texts: Sequence[str] | None = None, *, routing: Routing | None = None) -> list[dict]:
         """For each row: the task with the largest mass, the mass of every task, and the picked entries."""
@@ -176,37 +169,11 @@ class SLMModel(nn.Module):
             rows.append({"task": task, "mass": dict(zip(names, row_mass, strict=False)), "entries": entries})
         return rows
 
-    def _resolve(self, num_rows: int, texts, embeddings, routing, adapter_names, task) -> Routing | None:
+    def _resolve(self, num_rows: int, **sources) -> Routing | None:
         """The routing of a call. Raises ValueError unless exactly one source fits the batch's rows."""
         if self.unloaded:
             raise ValueError("the base model was unloaded: call repatch(pool) or load_pool(directory) first")
-        if task is not None:
-            self.pool.task(task)
-        given = {"texts": texts, "embeddings": embeddings, "routing": routing, "adapter_names": adapter_names}
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) > 1:
-            raise ValueError(
-                f"pass only one of texts, embeddings, routing, adapter_names; got {', '.join(given)}"
-            )
-        if not given:
-            if self.pool.num_entries == 0:
-                return None
-            raise ValueError(
-                "say how to route the rows: texts=[...], embeddings=, routing= or adapter_names=[...] "
-                '("__base__" for the frozen model)'
-            )
-        ((name, value),) = given.items()
-        rows = value.num_rows if isinstance(value, Routing) else len(value)
-        if rows != num_rows:
-            raise ValueError(f"{name} has {rows} rows, the batch has {num_rows}")
-        if name == "routing":
-            self.pool.check_routing(value)
-            return value.to(self.device)
-        if name == "adapter_names":
-            return self.pool.fixed_routing(list(value))
-        if self.pool.num_entries == 0:
-            return None
-        return self.route(texts, embeddings=embeddings, task=task).to(self.device)
+        return self.router.resolve(num_rows, self.device, **sources)
 
     # ---- running
 
@@ -226,8 +193,9 @@ class SLMModel(nn.Module):
         unknown = sorted(set(kwargs) - self._forward_names)
         if unknown:
             raise ValueError(f"unexpected keyword arguments: {', '.join(unknown)}")
-        rows = _num_rows(args, kwargs)
-        routing = self._resolve(rows, texts, embeddings, routing, adapter_names, task)
+        sources = {"texts": texts, "embeddings": embeddings, "routing": routing}
+        sources |= {"adapter_names": adapter_names, "task": task}
+        routing = self._resolve(num_rows(args, kwargs), **sources)
         with self.state.use(routing):
             if task is not None and self.pool.task(task).labels is not None:
                 return self._classify(task, labels, num_items_in_batch, *args, **kwargs)
@@ -238,12 +206,21 @@ class SLMModel(nn.Module):
             return self.base_model(*args, **kwargs)
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *, texts=None, embeddings=None, routing=None, **kwargs):
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        texts: Sequence[str] | None = None,
+        embeddings: Tensor | None = None,
+        routing: Routing | None = None,
+        adapter_names: Sequence[str] | None = None,
+        task: str | Sequence[str | None] | None = None,
+        **kwargs,
+    ):
         """The base model's `generate`, with any generation config; rows are routed as in `forward`."""
-        adapter_names, task = kwargs.pop("adapter_names", None), kwargs.pop("task", None)
-        rows = _num_rows((inputs,) if inputs is not None else (), kwargs)
-        routing = self._resolve(rows, texts, embeddings, routing, adapter_names, task)
-        with self.state.use(routing):
+        sources = {"texts": texts, "embeddings": embeddings, "routing": routing}
+        sources |= {"adapter_names": adapter_names, "task": task}
+        with self.state.use(self._resolve(num_rows((inputs,), kwargs), **sources)):
             return self.base_model.generate(inputs, **kwargs)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
@@ -396,14 +373,6 @@ class SLMModel(nn.Module):
         return cls(base_model, pool.config, pool, encoder, tokenizer)
 
 
-def make_encoder(config: SLMConfig, encoder=None) -> Encoder:
-    """The encoder given, or the one that the config names; without one only `embeddings=` can route."""
-    if isinstance(encoder, Encoder):
-        return encoder
-    source = encoder if encoder is not None else config.encoder_name_or_path
-    return Encoder(source, query_layers=config.query_layers, max_length=config.encoder_max_length)
-
-
 def get_slm_model(
     base_model: nn.Module,
     config: SLMConfig | None = None,
@@ -424,18 +393,3 @@ def get_slm_model(
     config = SLMConfig() if config is None else config
     pool = default_pool(base_model, config, dtype)
     return SLMModel(base_model, config, pool, make_encoder(config, encoder), tokenizer)
-
-
-def _num_rows(args: tuple, kwargs: dict) -> int:
-    """Rows of the batch that a call carries. Raises ValueError when it has no input or is empty."""
-    for name in ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids"):
-        if kwargs.get(name) is not None:
-            rows = kwargs[name].shape[0]
-            break
-    else:
-        if not args or args[0] is None:
-            raise ValueError("no input: pass input_ids=")
-        rows = args[0].shape[0]
-    if rows == 0:
-        raise ValueError("the batch is empty: it needs at least one row")
-    return rows

@@ -1,17 +1,20 @@
 import copy
+import inspect
 import io
+import sys
 
 import pytest
 import torch
 import transformers
 from conftest import clustered_embeddings, tiny_base, tiny_model
-from slm_fast.cpu_linear import LinearGroup
 
 from slm_fast import fast_forward, get_slm_model, patch_model, unpatch_model
 from slm_fast.config import SLMConfig
+from slm_fast.cpu_linear import LinearGroup
 from slm_fast.fast_forward import FastDecoderLayer, FastHead
 from slm_fast.layers import default_pool
 
+MODULE = sys.modules["slm_fast.fast_forward"]  # the package's attribute is the function
 FAMILIES = ("llama", "mistral", "qwen2")
 
 
@@ -57,7 +60,7 @@ def slow(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(fast_forward, "MOST_TOKENS", 0)
+            patch.setattr(MODULE, "MOST_TOKENS", 0)
             return function()
 
     return run
@@ -255,3 +258,89 @@ def test_copies_and_pickles_run_by_themselves(calls):
             assert not torch.equal(other(input_ids=ids, routing=routing).logits, want)
         assert torch.equal(model(input_ids=ids, routing=routing).logits, want)
     assert len(calls) == 6 * 9
+
+
+def patched_base(**config):
+    """A LLaMA patched by itself, its pool's routing of three rows, and a `SLMModel` of the same."""
+    model = tiny_model("llama", **config)
+    base = model.unload()
+    patch_model(
+        base, model.pool, encoder=lambda texts: torch.stack([clustered_embeddings(len(t))[0] for t in texts])
+    )
+    return base, routing_of(model), model.pool
+
+
+def test_a_patched_model_routes_by_every_argument():
+    base, routing, pool = patched_base()
+    inputs = left_padded()
+    with torch.no_grad():
+        frozen = base(**inputs).logits
+        by_routing = base(**inputs, routing=routing).logits
+        by_texts = base(**inputs, texts=["abc", "a", "aa"]).logits
+        by_embeddings = base(
+            **inputs, embeddings=torch.stack([clustered_embeddings(t)[0] for t in (3, 1, 2)])
+        ).logits
+        by_name = base(**inputs, adapter_names=["__base__", "task1", "__base__"]).logits
+    assert not torch.equal(by_routing, frozen)
+    assert torch.equal(by_texts, by_embeddings)
+    torch.testing.assert_close(by_texts[1:], by_routing[1:], rtol=0, atol=1e-6)
+    assert torch.equal(by_name[[0, 2]], frozen[[0, 2]]) and not torch.equal(by_name[1], frozen[1])
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    assert not torch.equal(
+        base.generate(**inputs, routing=routing, **settings), base.generate(**inputs, **settings)
+    )
+    with pytest.raises(ValueError, match="routing has 3 rows, the batch has 2"):
+        base(input_ids=torch.ones(2, 4).long(), routing=routing)
+    with pytest.raises(ValueError, match="pass only one of"):
+        base(**inputs, routing=routing, adapter_names=["task1"] * 3)
+    assert {"input_ids", "attention_mask", "texts", "routing"} <= set(
+        inspect.signature(base.forward).parameters
+    )
+    unpatch_model(base)
+    assert "texts" not in inspect.signature(base.forward).parameters and not hasattr(base, "mixtures")
+    with torch.no_grad():
+        torch.testing.assert_close(base(**inputs).logits, frozen, rtol=0, atol=1e-5)
+
+
+def test_fast_forward_leaves_an_unpatched_model_alone():
+    base, routing, pool = patched_base()
+    inputs = left_padded()
+    with torch.no_grad():
+        want, frozen = base(**inputs, routing=routing).logits, base(**inputs).logits
+        assert torch.equal(fast_forward(base, **inputs, routing=routing).logits, want)
+    unpatch_model(base).requires_grad_(True)
+    kinds = [type(module) for module in base.modules()]
+    with torch.no_grad():
+        assert torch.equal(fast_forward(base, pool=pool, **inputs, routing=routing).logits, want)
+        torch.testing.assert_close(base(**inputs).logits, frozen, rtol=0, atol=1e-5)
+    assert [type(module) for module in base.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    fast_forward(base, **inputs, pool=pool, routing=routing).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in base.parameters())
+    with torch.no_grad():  # the twin follows the model's own parameters
+        base.lm_head.weight.mul_(2)
+        torch.testing.assert_close(fast_forward(base, pool=pool, **inputs, routing=routing).logits, 2 * want)
+        base.half()
+        assert fast_forward(base, pool=pool, **inputs, routing=routing).logits.dtype == torch.float16
+    with pytest.raises(ValueError, match="pass pool="):
+        fast_forward(base, **inputs)
+    patch_model(base, pool)
+    with pytest.raises(ValueError, match="another pool"):
+        fast_forward(base, **inputs, pool=copy.deepcopy(pool), routing=routing)
+
+
+def test_one_graph_for_all_routings_given_as_arguments():
+    base, routing, _ = patched_base()
+    compiled = torch.compile(base, backend="aot_eager", fullgraph=True)
+    ids = torch.randint(1, 96, (3, 6))
+    torch._dynamo.utils.counters.clear()
+    for shift in range(3):
+        other = routing.rows([(row + shift) % 3 for row in range(3)])
+        with torch.no_grad():
+            want, got = (
+                base(input_ids=ids, routing=other).logits,
+                compiled(input_ids=ids, routing=other).logits,
+            )
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
