@@ -1,0 +1,95 @@
+"""Prefill on the CPU: 8 prompts of 512 tokens, every row its own mixture.
+
+Contenders, verification and turns as in `bench_decode.py`. "share" is the mixture's part of the operations,
+K r (in + out) multiply-adds a token beside in x out; the lm_head reads the last token alone in both.
+The last line is JSON.
+
+    python benchmarks/bench_prefill.py [--quick] [--model smol 7b] [--json FILE]
+"""
+
+import argparse
+from pathlib import Path
+
+import contenders as common
+import torch
+from contenders import ENTRIES, RANK, TARGETS, TOP_K
+from torch import nn
+
+SHOWN = ("frozen", "off", "on", "peft", "merged")
+
+
+def operations_share(base: nn.Module, model, tokens: int) -> float:
+    """Multiply-adds of the mixture over the frozen model's: its linears and its causal attention."""
+    mixture = sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors) * TOP_K * RANK
+    head = base.get_output_embeddings()
+    linears = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
+    config = base.config
+    attention = (
+        config.num_hidden_layers * config.num_attention_heads * base.model.layers[0].self_attn.head_dim
+    )
+    return mixture / (linears + head.weight.numel() / tokens + attention * tokens)
+
+
+def measure(name: str, base: nn.Module, kind: str, rows: int, tokens: int, rounds: int) -> dict:
+    model, routing, forwards = common.make_contenders(base, TARGETS[kind], ENTRIES[name], rows)
+    prompt = common.make_prompt(base.config.vocab_size, rows, tokens)
+
+    def call(key, forward, ids):
+        @torch.inference_mode()
+        def run():
+            return forward(input_ids=ids, logits_to_keep=1).logits[:, -1]
+
+        return run
+
+    calls = {
+        key: call(key, forward, prompt[:1] if key == "dense" else prompt) for key, forward in forwards.items()
+    }
+    exact = []
+    for r in (routing, None):
+        exact.append(call("exact", common.exact_forward(model, r), prompt)())
+    common.verify({key: run().float() for key, run in calls.items()}, *exact)
+    record = common.summary(common.interleaved(calls, rounds, warm=False), rows)
+    share = 100 * operations_share(base, model, tokens)
+    return {"model": name, "targets": kind, "rows": rows, "tokens": tokens, **record, "share_percent": share}
+
+
+def print_record(record: dict) -> None:
+    ms, spread = record["milliseconds"], record["quartiles"]
+    times = "".join(f"{ms[key]:8.0f} +-{spread[key]:4.0f}" for key in SHOWN)
+    size = f"{record['rows']} x{record['tokens']:4}"
+    print(
+        f"{record['model']:5}{record['targets']:7}{size:>9}{times}{ms['dense']:8.0f}"
+        f"{record['added_percent']:+8.1f}%{record['share_percent']:7.1f}%"
+        f"{ms['frozen'] / ms['on']:8.2f}x{ms['peft'] / ms['on']:7.2f}x{ms['dense'] / ms['on']:8.2f}x",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=ENTRIES, default=list(ENTRIES))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="smol alone, 2 x 128 tokens, within a minute")
+    parser.add_argument("--json", type=Path, help="write the result there")
+    args = parser.parse_args()
+    if args.quick:
+        args.model, args.targets, args.rows, args.tokens, args.rounds = ["smol"], ["all"], 2, 128, 3
+    print(
+        f"{torch.get_num_threads()} threads; ms a batch\n{'':12}{'tokens':>9}"
+        + "".join(f"{key:>15}" for key in SHOWN)
+        + f"{'dense':>8}{'added':>9}{'share':>8}{'frozen/on':>9}{'peft/on':>8}{'dense/on':>9}"
+    )
+    results = []
+    for name in args.model:
+        base = common.make_base(name)
+        for kind in args.targets:
+            results.append(measure(name, base, kind, args.rows, args.tokens, args.rounds))
+            print_record(results[-1])
+    common.report({"machine": common.machine(), "results": results}, args.json)
+
+
+if __name__ == "__main__":
+    main()

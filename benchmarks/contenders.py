@@ -1,0 +1,216 @@
+"""What the whole-path benchmarks compare: the same base as frozen model, engine, PEFT and dense offsets.
+
+frozen      the Hugging Face model as it is
+off         the engine with its pool switched off
+on          the engine, every row its own mixture
+peft        PEFT's adapter_names, one adapter for each row
+merged      PEFT with one adapter merged into the weights: the frozen model's speed, for one row's answer
+dense       the authors' method: W + dW in every layer, one row at a time; one row's time, times the rows
+"""
+
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slm_fast import Routing, SLMConfig, SLMModel, dispatch, get_slm_model
+from slm_fast.loading import load_base
+from slm_fast.reference import dense_offset
+
+TOP_K, RANK = 2, 8
+TARGETS = {"o_proj": ["o_proj"], "all": "all-linear"}
+TARGET_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ENTRIES = {"smol": 64, "7b": 12}  # of the pool: two for each of 32 rows, or what a batch shares
+PROMPT_SEED = 1
+
+
+def make_base(name: str) -> torch.nn.Module:
+    """SmolLM2-135M, or two layers of LLaMA-2-7B's shape with random weights."""
+    if name == "smol":
+        return load_base("smollm2")[0].to(torch.bfloat16).eval()
+    transformers.set_seed(0)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+        dtype=torch.bfloat16,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def make_engine(base: torch.nn.Module, targets, entries: int) -> SLMModel:
+    config = SLMConfig(r=RANK, top_k=TOP_K, target_modules=targets, entries_per_task=1)
+    model = get_slm_model(base, config)
+    generator = torch.Generator().manual_seed(0)
+    for entry in range(entries):
+        model.pool.add_task(f"e{entry}", torch.randn(1, 8, generator=generator), generator=generator)
+    model.pool.factors.to(torch.bfloat16)
+    for factors in model.pool.factors:
+        factors.B.copy_(0.02 * torch.randn(factors.B.shape, generator=generator))
+    return model
+
+
+def make_routing(model: SLMModel, rows: int) -> Routing:
+    """Entries 2b and 2b + 1 for row b, as far as there are enough; then other pairs of them."""
+    entries = model.pool.num_entries
+    row = torch.arange(rows)
+    first = 2 * row % entries
+    second = (first + 1 + 2 * row // entries) % entries
+    weights = torch.tensor([0.6, 0.4]).expand(rows, TOP_K)
+    return Routing.make(torch.stack([first, second], 1), weights, pool_version=model.pool.version)
+
+
+@torch.no_grad()
+def make_peft(base: torch.nn.Module, model: SLMModel, targets, routing: Routing) -> torch.nn.Module:
+    """PEFT with an adapter for each row: the row's two entries side by side, weights folded into B."""
+    names = list(TARGET_NAMES) if targets == "all-linear" else targets
+    config = LoraConfig(r=TOP_K * RANK, lora_alpha=TOP_K * RANK, target_modules=names)
+    peft_model = get_peft_model(base, config, adapter_name="r0")
+    for row in range(1, routing.num_rows):
+        peft_model.add_adapter(f"r{row}", config)
+    pool = model.pool
+    for name, factors in zip(pool.modules_shape, pool.factors, strict=True):
+        layer = peft_model.base_model.model.get_submodule(name)
+        for row in range(routing.num_rows):
+            picks = [slice(int(pool.start[i]), int(pool.start[i]) + RANK) for i in routing.indices[row]]
+            A = torch.cat([factors.A[p] for p in picks])
+            B = torch.cat([w * factors.B[p] for p, w in zip(picks, routing.weights[row], strict=True)])
+            layer.lora_A[f"r{row}"].weight.copy_(A)
+            layer.lora_B[f"r{row}"].weight.copy_(B.T)
+    return peft_model.to(torch.bfloat16).eval()
+
+
+def add_dense_offsets(base: torch.nn.Module, model: SLMModel, routing: Routing) -> None:
+    """The authors' layers for row 0: the weight and its offset are added again at every step."""
+    pool = model.pool
+    for name, factors in zip(pool.modules_shape, pool.factors, strict=True):
+        layer = base.get_submodule(name)
+        entries = factors.A, factors.B, pool.start, pool.rank, pool.scaling
+        offset = dense_offset(*entries, routing.indices[0], routing.weights[0]).to(layer.weight.dtype)
+        layer.forward = lambda x, layer=layer, offset=offset: F.linear(x, layer.weight + offset, layer.bias)
+
+
+def engine_forward(model: SLMModel, routing: Routing | None) -> Callable:
+    def forward(**inputs):
+        with model.state.use(routing):
+            return model.base_model(**inputs)
+
+    return forward
+
+
+def make_contenders(base: torch.nn.Module, targets, entries: int, rows: int) -> tuple:
+    """(model, routing, {name: forward}); `dense` and `merged` answer row 0."""
+    model = make_engine(copy.deepcopy(base), targets, entries)
+    routing = make_routing(model, rows)
+    peft_model = make_peft(copy.deepcopy(base), model, targets, routing)
+    names = [f"r{row}" for row in range(rows)]
+    merged = make_peft(copy.deepcopy(base), model, targets, routing.rows([0])).merge_and_unload()
+    dense = copy.deepcopy(base)
+    add_dense_offsets(dense, model, routing)
+    forwards = {
+        "frozen": base,
+        "off": engine_forward(model, None),
+        "on": engine_forward(model, routing),
+        "peft": lambda **inputs: peft_model(**inputs, adapter_names=names),
+        "merged": merged,
+        "dense": dense,
+    }
+    return model, routing, forwards
+
+
+def exact_forward(model: SLMModel, routing: Routing | None) -> Callable:
+    """The reference ops on an fp32 copy of everything."""
+    exact = copy.deepcopy(model).float()
+    exact.pool.config.backend = "reference"
+    return engine_forward(exact, routing)
+
+
+def make_prompt(vocab: int, rows: int, length: int) -> torch.Tensor:
+    return torch.randint(vocab, (32, length), generator=torch.Generator().manual_seed(PROMPT_SEED))[:rows]
+
+
+def verify(got: dict[str, torch.Tensor], mixed: torch.Tensor, frozen: torch.Tensor) -> None:
+    """Raises SystemExit unless logits are as near to fp32 as PEFT's, respectively the frozen model's.
+
+    got: [rows, vocab] of each contender; `mixed` and `frozen` are fp32's with and without mixtures; `merged`
+    and `dense` have row 0 right, `dense` no other.
+    """
+    errors = {}
+    for name, logits in got.items():
+        want = frozen if name in ("frozen", "off") else mixed
+        rows = 1 if name in ("merged", "dense") else len(logits)
+        errors[name] = float((logits[:rows] - want[:rows]).abs().max() / want.abs().max())
+    allowed = {name: 2 * errors["frozen" if name in ("frozen", "off") else "peft"] + 1e-2 for name in errors}
+    if bad := {name: error for name, error in errors.items() if not error <= allowed[name]}:
+        raise SystemExit(f"wrong logits, nothing is timed: {bad}, allowed {allowed}")
+
+
+def interleaved(contenders: dict[str, Callable], rounds: int, warm: bool = True) -> dict[str, list[float]]:
+    """Seconds of each call; the contenders take turns. `warm`: right after a call of the same that is not
+    timed, for calls shorter than what the contender before leaves in the caches."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            if warm:
+                call()
+            begin = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - begin)
+    return samples
+
+
+def summary(samples: dict[str, list[float]], rows: int) -> dict:
+    """Median milliseconds and the distance of the quartiles; what the pool adds, of calls side by side."""
+
+    def spread(values):
+        low, _, high = statistics.quantiles(values, n=4)
+        return 1e3 * (high - low)
+
+    milliseconds = {name: 1e3 * statistics.median(values) for name, values in samples.items()}
+    quartiles = {name: spread(values) for name, values in samples.items()}
+    for found in (milliseconds, quartiles):
+        found["dense"] *= rows
+    pairs = [on / off for on, off in zip(samples["on"], samples["off"], strict=True)]
+    added = 100 * (statistics.median(pairs) - 1)
+    return {"milliseconds": milliseconds, "quartiles": quartiles, "added_percent": added}
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all threads read from memory, the fastest of several passes."""
+    buffer = torch.ones(1 << 28, dtype=torch.float32)
+    regions, threads, times = [(buffer.data_ptr(), 4 * buffer.numel())], torch.get_num_threads(), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        dispatch._C.read_memory(regions, threads)
+        times.append(time.perf_counter() - begin)
+    return 4 * buffer.numel() / min(times)
+
+
+def distinct_entries(routing: Routing) -> int:
+    return routing.indices[routing.weights != 0].unique().numel()
+
+
+def machine() -> dict:
+    found = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    found |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    return found | {"threads": torch.get_num_threads(), **dispatch.cpu_info()}
+
+
+def report(result: dict, path: Path | None) -> None:
+    """Write the result to `path`, if there is one, and print it as the last line."""
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+    print(json.dumps(result))
