@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
+
 #include "cpu/linear_group.h"
 #include "cpu/parallel.h"
 #include "cuda_source.h"
@@ -145,12 +148,28 @@ slm::LinearGroup linear_group(int dtype, int64_t in_features, int prologue, floa
                           as<void>(norm_weight), std::move(list));
 }
 
+// cos, sin, num_angles, head_size, num_linears
+using RotationArgs = std::tuple<Ptr, Ptr, int64_t, int64_t, int64_t>;
+
 void linear_group_forward(const slm::LinearGroup& group, Ptr x, Ptr x2, int64_t num_tokens,
                           const std::vector<Ptr>& out, Ptr residual, const slm::StepRouting* routing,
-                          int num_threads) {
+                          const std::optional<RotationArgs>& rotation, int num_threads) {
   std::vector<void*> pointers;
   for (const Ptr p : out) pointers.push_back(as<void>(p));
-  group.forward(as<void>(x), as<void>(x2), num_tokens, pointers, as<void>(residual), routing, num_threads);
+  slm::Rotation turned{};
+  if (rotation) {
+    const auto& [cos, sin, num_angles, head_size, num_linears] = *rotation;
+    turned = {as<void>(cos), as<void>(sin), num_angles, head_size, num_linears};
+  }
+  group.forward(as<void>(x), as<void>(x2), num_tokens, pointers, as<void>(residual), routing,
+                rotation ? &turned : nullptr, num_threads);
+}
+
+void forward_tail(const slm::LinearGroup& out, const slm::LinearGroup& gate_up, const slm::LinearGroup& down,
+                  Ptr attended, Ptr residual, int64_t num_tokens, Ptr y, const slm::StepRouting* routing,
+                  int num_threads) {
+  slm::forward_tail(out, gate_up, down, as<void>(attended), as<void>(residual), num_tokens, as<void>(y),
+                    routing, num_threads);
 }
 
 uint64_t read_memory(const std::vector<std::pair<Ptr, int64_t>>& regions, int num_threads) {
@@ -201,7 +220,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&linear_group), arg("dtype"), arg("in_features"), arg("prologue"), arg("eps"),
            arg("norm_weight"), arg("linears"))
       .def("forward", &linear_group_forward, NoGil(), arg("x"), arg("x2"), arg("num_tokens"), arg("out"),
-           arg("residual"), arg("routing"), arg("num_threads"));
+           arg("residual"), arg("routing"), arg("rotation"), arg("num_threads"));
+  m.def("forward_tail", &forward_tail, NoGil(), arg("out"), arg("gate_up"), arg("down"), arg("attended"),
+        arg("residual"), arg("num_tokens"), arg("y"), arg("routing"), arg("num_threads"));
   m.def("read_memory", &read_memory, NoGil(), arg("regions"), arg("num_threads"));
   m.def("isa", &slm::isa);
   m.def("isa_supported", &slm::isa_supported);

@@ -73,6 +73,24 @@ def _slabs_of(factors: Factors | tuple[Tensor, Tensor] | None) -> dict[str, Tens
     return {"A": factors[0], "B": factors[1]}
 
 
+class Rotation:
+    """The angles of a step's rotary position embedding, for all layers: see `csrc/cpu/linear_group.h`.
+
+    Args: cos, sin: [rows or 1, tokens, head_size] in the weights' dtype.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        if cos.shape != sin.shape or cos.dim() != 3 or cos.shape[-1] % 2 or cos.dtype is not sin.dtype:
+            raise ValueError(
+                f"cos and sin must be [rows or 1, tokens, even], got {list(cos.shape)} {cos.dtype} and "
+                f"{list(sin.shape)} {sin.dtype}"
+            )
+        self.given, self.dtype, (_, _, self.head_size) = (cos, sin), cos.dtype, cos.shape
+        self._held = cos, sin = cos.contiguous(), sin.contiguous()
+        self.num_angles = cos.shape[0] * cos.shape[1]
+        self.arguments = (cos.data_ptr(), sin.data_ptr(), self.num_angles, self.head_size, 2)
+
+
 class LinearGroup:
     """1 to 4 frozen linears that read the same input, with what comes before and after them.
 
@@ -119,11 +137,6 @@ class LinearGroup:
         self._x_shape: torch.Size | None = None
         self._build()
 
-    def _factors(self) -> list[Tensor]:
-        """A and B of the linears that have them: asked for again at every call, since a pool that grows
-        replaces them."""
-        return [slabs[name] for slabs, name in self._places]
-
     def _build(self) -> None:
         """Check all tensors and make the C++ object, which holds addresses only."""
         _check("weight", self._weights[0][0], self._weights[0][0].shape, FLOATS, CPU)
@@ -148,8 +161,8 @@ class LinearGroup:
         self._group = dispatch._C.LinearGroup(
             code, self.in_features, PROLOGUES[self._prologue], self._eps, norm_weight, linears
         )
-        self._held = self._factors()  # alive as long as the C++ object knows their addresses
-        self._pointers = [t.data_ptr() for t in self._frozen], [t.data_ptr() for t in self._held]
+        slabs = [(place, place[0][place[1]]) for place in self._places]  # alive as long as C++ has addresses
+        self._known = [t.data_ptr() for t in self._frozen], slabs
 
     def __call__(
         self,
@@ -158,13 +171,15 @@ class LinearGroup:
         *,
         residual: Tensor | None = None,
         routing=None,
+        rotation: "Rotation | None" = None,
         out: tuple[Tensor, ...] | None = None,
     ) -> Sequence[Tensor]:
         """y_i [T, out_features] of each linear.
 
         Args: x, and x2 for "silu_mul": [T, in_features] in the weights' dtype, contiguous.  residual: as the
-        output of the only linear.  routing: from `step_routing`, for T tokens.  out: a tuple to write to and
-        return, which shares no memory with x; a decoder that keeps it saves a third of the call's overhead.
+        output of the only linear.  routing: from `step_routing`, for T tokens.  rotation: of the first two
+        outputs.  out: a tuple to write to and return, which shares no memory with x; a decoder that keeps it
+        saves a third of the call's overhead.
         Raises ValueError on anything else.
         """
         dtype = self.dtype
@@ -179,25 +194,35 @@ class LinearGroup:
             _contiguous("x2", x2, x_shape, (dtype,))
         if residual is not None:
             _contiguous("residual", residual, self._out_shapes[0], (dtype,))
+        if rotation is not None and (rotation.dtype is not dtype or x_shape[0] % rotation.num_angles):
+            raise ValueError(
+                f"rotation has {rotation.num_angles} angles in {rotation.dtype} for {x_shape[0]} tokens in "
+                f"{dtype}"
+            )
         if out is None:
             out = [torch.empty(shape, dtype=dtype) for shape in self._out_shapes]
         elif out is not self._checked_out:
             self._check_out(out)
-        pointers = self._pointers
-        if list(map(_data_ptr, self._frozen)) != pointers[0] or (
-            routing is not None and self._places and list(map(_data_ptr, self._factors())) != pointers[1]
-        ):
-            self._build()
-        self._group.forward(
+        self.current(routing).forward(
             x.data_ptr(),
             0 if x2 is None else x2.data_ptr(),
             x_shape[0],
             list(map(_data_ptr, out)),
             0 if residual is None else residual.data_ptr(),
             routing,
+            rotation.arguments if rotation is not None else None,
             torch.get_num_threads(),
         )
         return out
+
+    def current(self, routing):
+        """The C++ object, made again where a weight moved or, with a routing, a slab was replaced."""
+        weights, slabs = self._known
+        if list(map(_data_ptr, self._frozen)) != weights or (
+            routing is not None and any(at[name] is not slab for (at, name), slab in slabs)
+        ):
+            self._build()
+        return self._group
 
     def _fit(self, x: Tensor) -> None:
         """Shapes for the number of tokens of x: kept, since a decoder's calls repeat them."""
@@ -213,3 +238,45 @@ class LinearGroup:
         for y, shape in zip(out, self._out_shapes, strict=True):
             _contiguous("out", y, shape, (self.dtype,))
         self._checked_out = out if type(out) is tuple else None
+
+
+class LayerTail:
+    """What follows the attention in a decoder layer, in one parallel region:
+
+        x = residual + out(attended);  y = x + down(gate_up(x))
+
+    Args: LinearGroups of 1, 2 and 1 linears: `out` without prologue, `gate_up` with one or none, `down` with
+    "silu_mul".
+    """
+
+    def __init__(self, out: LinearGroup, gate_up: LinearGroup, down: LinearGroup) -> None:
+        self.groups = out, gate_up, down
+
+    def __call__(self, attended: Tensor, residual: Tensor, routing=None) -> Tensor:
+        """y [T, hidden]. attended: [T, in_features of out].  residual: [T, hidden].
+
+        Raises ValueError on other shapes or dtypes, on groups that do not fit together, and on inputs that
+        are not contiguous.
+        """
+        out, gate_up, down = self.groups
+        num_tokens = residual.shape[0]
+        for name, x, group in (("attended", attended, out), ("residual", residual, gate_up)):
+            if (
+                x.shape != (num_tokens, group.in_features)
+                or x.dtype is not out.dtype
+                or not (x.is_cpu and x.is_contiguous())
+            ):
+                _contiguous(name, x, (num_tokens, group.in_features), (out.dtype,))
+        y = torch.empty_like(residual)
+        dispatch._C.forward_tail(
+            out.current(routing),
+            gate_up.current(routing),
+            down.current(routing),
+            attended.data_ptr(),
+            residual.data_ptr(),
+            num_tokens,
+            y.data_ptr(),
+            routing,
+            torch.get_num_threads(),
+        )
+        return y

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 
-def grown(buffer: Tensor, capacity: int) -> Tensor:
+def grown(buffer: Tensor, capacity: int, pinned: bool = False) -> Tensor:
     """A zero-extended copy of `buffer` with `capacity` rows."""
-    out = buffer.new_zeros(capacity, *buffer.shape[1:])
+    out = buffer.new_zeros(capacity, *buffer.shape[1:], pin_memory=pinned)
     out[: buffer.shape[0]] = buffer
     return out
 
@@ -37,8 +37,8 @@ class Factors(nn.Module):
         self.owned = (0, 0)
         self.A_owned = self.B_owned = None
 
-    def grow(self, capacity: int) -> None:
-        self.A, self.B = grown(self.A, capacity), grown(self.B, capacity)
+    def grow(self, capacity: int, pinned: bool = False) -> None:
+        self.A, self.B = grown(self.A, capacity, pinned), grown(self.B, capacity, pinned)
         self._tie()
 
     def _tie(self) -> None:

@@ -2,8 +2,8 @@
 
 A patched model keeps its modules, parameters, signature, outputs, caches and `generate`; `forward` and
 `generate` also take `texts=`, `embeddings=`, `routing=` or `adapter_names=`, one item for each row. Its
-targeted linears become `MixtureLinear`s; its decoder layers, while they decode on the CPU, run as four calls
-that read their weights once (see `cpu_linear.LinearGroup`):
+targeted linears become `MixtureLinear`s; its decoder layers, while they decode on the CPU, run as two calls
+that read their weights once (see `cpu_linear.LinearGroup` and `LayerTail`):
 
     q, k, v = linears(rms_norm(x));  x = x + o_proj(attention(rope(q), rope(k), v))
     gate, up = linears(rms_norm(x));  x = x + down_proj(silu(gate) * up)
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slm_fast import dispatch
-from slm_fast.cpu_linear import LinearGroup
+from slm_fast.cpu_linear import LayerTail, LinearGroup, Rotation
 from slm_fast.layers import MixtureLinear, RoutingState, replace_linears, restore_linears
 from slm_fast.pool import KnowledgePool
 from slm_fast.router import SOURCES, Router, num_rows
@@ -172,7 +172,7 @@ class FastPath:
 
     def __init__(self, pool: KnowledgePool, state: RoutingState) -> None:
         self.pool, self.state = pool, state
-        self.groups: tuple[LinearGroup, ...] | None = None
+        self.groups: tuple | None = None
 
     def __getstate__(self) -> dict:
         return {"pool": self.pool, "state": self.state, "groups": None}  # groups hold addresses
@@ -181,11 +181,19 @@ class FastPath:
         """Whether x [rows, tokens, features] is a decoding step that this path may take."""
         return (
             x.device.type == "cpu"
+            and self.state.lease is None  # groups read the pool itself, whatever a lease holds
             and x.shape[0] * x.shape[1] <= MOST_TOKENS
             and not (torch.is_grad_enabled() and (x.requires_grad or self.pool.owner is not None))
             and not torch.is_autocast_enabled("cpu")
             and dispatch.select(x, self.pool.backend) == "cpu"
         )
+
+    def rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
+        """The angles of a step, made once for all layers."""
+        known = self.state.rotation
+        if known is None or known.given[0] is not cos or known.given[1] is not sin:
+            known = self.state.rotation = Rotation(cos, sin)
+        return known
 
     def step(self, rows: int, num_tokens: int) -> object | None:
         """The running routing for a batch of `rows`, a multiple of its own."""
@@ -220,36 +228,34 @@ class FastDecoderLayer:
         if torch.compiler.is_compiling() or args or not self._runs(hidden_states, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         shape, attention = hidden_states.shape, self.self_attn
-        qkv, out, gate_up, down = self.fast.groups
+        qkv, tail = self.fast.groups
         x = hidden_states.reshape(-1, shape[-1]).contiguous()
         step = self.fast.step(shape[0], x.shape[0])
-        q, k, v = qkv(x, routing=step)
+        parts = qkv(x, routing=step, rotation=self.fast.rotation(*kwargs["position_embeddings"]))
         heads = (*shape[:2], -1, attention.head_dim)
-        cos, sin = (t[:, :, None] for t in kwargs["position_embeddings"])
-        q, k = (rotate(t.view(heads), cos, sin).transpose(1, 2) for t in (q, k))
-        v = v.view(heads).transpose(1, 2)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in parts)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None:
             k, v = updated(cache, k, v, attention.layer_idx, kwargs)
         attend, mask = ALL_ATTENTION_FUNCTIONS["sdpa"], kwargs.get("attention_mask")
         mixed, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling)
-        (x,) = out(mixed.reshape(x.shape[0], -1), residual=x, routing=step)
-        gate, up = gate_up(x, routing=step)
-        (x,) = down(gate, up, residual=x, routing=step)
-        return x.view(shape)
+        return tail(mixed.reshape(x.shape[0], -1).contiguous(), x, step).view(shape)
 
     def _runs(self, x: Tensor, kwargs: dict) -> bool:
         if not self.fast.runs(x):
             return False
         if self.fast.groups is None:
             self._build()
+        if not self.fast.groups or (any(self.fast.hooks) and hooked(self.fast.inner)):
+            return False
+        cos, _ = kwargs.get("position_embeddings") or (None, None)
         return (
-            bool(self.fast.groups)
-            and self.fast.groups[0].dtype == x.dtype
+            cos is not None
+            and cos.dtype is x.dtype is self.fast.groups[0].dtype
+            and cos.shape[-1] == self.self_attn.head_dim
             and self.self_attn.config._attn_implementation == "sdpa"
-            and "position_embeddings" in kwargs
             and not kwargs.get("output_attentions")
-            and not hooked(self.fast.inner)
+            and not (torch.is_grad_enabled() and any(w.requires_grad for w in self.fast.weights))
         )
 
     def _build(self) -> None:
@@ -258,22 +264,24 @@ class FastDecoderLayer:
         linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         bases = tuple(m.base_layer if isinstance(m, MixtureLinear) else m for m in linears)
-        self.fast.inner = (attention, mlp, mlp.act_fn, *norms, *linears, *bases)
-        dtypes = {p.dtype for module in (*bases, *norms) for p in module.parameters()}
+        inner = self.fast.inner = (attention, mlp, mlp.act_fn, *norms, *linears, *bases)
+        self.fast.hooks = [h for m in inner for h in (m._forward_pre_hooks, m._forward_hooks)]
+        self.fast.weights = [p for module in (*bases, *norms) for p in module.parameters()]
         plain = all(type(base) is nn.Linear for base in bases) and type(mlp.act_fn).__name__.startswith(
             "SiLU"
         )
-        if not plain or len(dtypes) != 1:
+        if not plain or len({p.dtype for p in self.fast.weights}) != 1:
             self.fast.groups = ()
             return
         parts = [(m.weight, m.bias, m.factors if isinstance(m, MixtureLinear) else None) for m in linears]
         eps, weights = [norm.variance_epsilon for norm in norms], [norm.weight for norm in norms]
-        self.fast.groups = (
-            LinearGroup(parts[:3], prologue="rms_norm", norm_weight=weights[0], eps=eps[0]),
+        tail = LayerTail(
             LinearGroup(parts[3:4]),
             LinearGroup(parts[4:6], prologue="rms_norm", norm_weight=weights[1], eps=eps[1]),
             LinearGroup(parts[6:], prologue="silu_mul"),
         )
+        qkv = LinearGroup(parts[:3], prologue="rms_norm", norm_weight=weights[0], eps=eps[0])
+        self.fast.groups = qkv, tail
 
 
 class FastHead:
@@ -297,13 +305,6 @@ class FastHead:
             self.fast.groups = (LinearGroup([(self.weight, self.bias, None)]),)
         (y,) = self.fast.groups[0](x.reshape(-1, x.shape[-1]).contiguous())
         return y.view(*x.shape[:-1], -1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [rows, tokens, heads, size]: its halves are turned by the angles."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x * cos + turned * sin
 
 
 @functools.cache

@@ -8,14 +8,21 @@ from slm_fast.config import DEFAULT_TARGETS
 from slm_fast.cpu_linear import step_routing
 from slm_fast.factors import Factors
 from slm_fast.pool import KnowledgePool
+from slm_fast.resident import Lease, ResidentPool, Slabs
 from slm_fast.routing import Routing
 
 
 class RoutingState:
-    """What a model's layers read: the routing of the running batch, or None for the frozen model."""
+    """What a model's layers read: the routing of the running batch, or None for the frozen model.
+
+    With a `ResidentPool` in `resident` a batch takes a lease, and the layers read pool and routing from it.
+    """
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self.resident: ResidentPool | None = None
+        self.lease: Lease | None = None
+        self.rotation = None  # of the running step, see `fast_forward.FastPath`
         self._made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
         self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 
@@ -25,7 +32,8 @@ class RoutingState:
 
     def dense(self, num_entries: int) -> Tensor:
         """The running batch's weights as a matrix [rows, num_entries], made once for all layers."""
-        return self._once("dense", (num_entries,), lambda: self.routing.dense(num_entries))
+        routing = self.routing if self.lease is None else self.lease.routing
+        return self._once("dense", (num_entries,), lambda: routing.dense(num_entries))
 
     def step(self, pool: KnowledgePool, num_tokens: int) -> object | None:
         """The running batch's routing as `cpu_linear.LinearGroup` takes it, made once for all layers."""
@@ -50,14 +58,20 @@ class RoutingScope:
 
     def __init__(self, state: RoutingState, routing: Routing | None) -> None:
         self.state, self.routing = state, routing
-        self.previous: list[Routing | None] = []
+        self.previous: list[tuple[Routing | None, Lease | None]] = []
 
     def __enter__(self) -> None:
-        self.previous.append(self.state.routing)
-        self.state.routing, self.state._made = self.routing, {}
+        state, lease = self.state, None
+        if state.resident is not None and self.routing is not None:
+            lease = state.resident.acquire(self.routing)
+        self.previous.append((state.routing, state.lease))
+        state.routing, state.lease, state._made = self.routing, lease, {}
 
     def __exit__(self, *exception) -> None:
-        self.state.routing, self.state._made = self.previous.pop(), {}
+        state, lease = self.state, self.state.lease
+        (state.routing, state.lease), state._made = self.previous.pop(), {}
+        if lease is not None:
+            lease.release()
 
 
 class MixtureLinear(nn.Module):
@@ -69,12 +83,11 @@ class MixtureLinear(nn.Module):
     share its mixture. The pool is referenced, not owned, so that the base model's state dict stays its own.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, factors: Factors, pool: KnowledgePool, state: RoutingState
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, pool: KnowledgePool, index: int, state: RoutingState) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._shared = (factors, pool, state)
+        self._shared = (pool.factors[index], pool, state)
+        self._index = index
 
     @property
     def factors(self) -> Factors:
@@ -101,6 +114,9 @@ class MixtureLinear(nn.Module):
         routing = state.routing
         if routing is None:
             return self.base_layer(x)
+        if state.lease is not None:
+            pool, routing = state.lease.pool, state.lease.routing
+            factors = pool.factors[self._index]
         rows = routing.indices.shape[0]
         if rows == 0 or x.shape[0] % rows:
             raise ValueError(
@@ -108,7 +124,7 @@ class MixtureLinear(nn.Module):
             )
         flat = x.reshape(-1, x.shape[-1])
         owned = {"A_owned": factors.A_owned, "B_owned": factors.B_owned, "owned": factors.owned}
-        op = self._op(flat, rows)
+        op = self._op(flat, rows, pool)
         if op == "fused_linear":
             used = slice(pool.num_rows)
             y = ops.fused_linear(
@@ -133,12 +149,11 @@ class MixtureLinear(nn.Module):
                 y = ops.mixture(y, flat if flat.dtype == y.dtype else flat.to(y.dtype), *gathered, **owned)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _op(self, x: Tensor, rows: int) -> str:
+    def _op(self, x: Tensor, rows: int, pool: KnowledgePool | Slabs) -> str:
         """The op for x [tokens, in_features]: one kernel for the linear and the mixture, or `mixture` alone.
 
         One kernel needs a plain frozen linear on a GPU.
         """
-        _, pool, _ = self._shared
         plain = (
             dispatch.select(x, pool.backend) == "gpu"
             and type(self.base_layer) is nn.Linear
@@ -201,11 +216,13 @@ def replace_linears(base: nn.Module, pool: KnowledgePool, state: RoutingState) -
                 f"the pool was made for another base model: {name} is {got} here and {shape} there"
             )
         layers[name] = layer
+    if state.resident is not None and state.resident.pool is not pool:
+        state.resident = ResidentPool(pool, **state.resident.settings)
     state.trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
     base.requires_grad_(False)
     pool.to(next(base.parameters()).device)
     for name, layer in layers.items():
-        base.set_submodule(name, MixtureLinear(layer, pool.factors[pool.module_index[name]], pool, state))
+        base.set_submodule(name, MixtureLinear(layer, pool, pool.module_index[name], state))
 
 
 def restore_linears(base: nn.Module) -> None:

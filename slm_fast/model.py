@@ -19,6 +19,7 @@ from slm_fast.fast_forward import patch_model, unpatch_model
 from slm_fast.layers import checkpoint_contexts, default_pool
 from slm_fast.loading import load_tokenizer, with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
+from slm_fast.resident import ResidentPool
 from slm_fast.router import Router, num_rows
 from slm_fast.routing import Routing
 from slm_fast.storage import load_pool, save_pool
@@ -121,6 +122,21 @@ class SLMModel(nn.Module):
     def remove_task(self, name: str) -> None:
         """Forget a task: its entries can never be picked again."""
         self.pool.remove_task(name)
+
+    def keep_resident(self, slots: int | None = None, *, memory: int | None = None) -> None:
+        """Keep the factors in host memory, and `slots` entries, or `memory` bytes of them, beside the base.
+
+        For pools larger than the GPU: entries are copied in when a batch picks them, see `ResidentPool`.
+        Without arguments all factors move to the base's device, which training needs. Raises ValueError
+        while a task is being trained and where not one slot fits.
+        """
+        if self.pool.owner is not None:
+            raise ValueError(f"task {self.pool.owner!r} is being trained; finish it first")
+        if slots is None and memory is None:
+            self.state.resident = None
+            self.pool.keep_on_host(False)
+        else:
+            self.state.resident = ResidentPool(self.pool, slots, memory=memory)
 
     @contextmanager
     def training_task(self, name: str) -> Iterator[None]:

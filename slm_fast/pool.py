@@ -29,7 +29,8 @@ class KnowledgePool(nn.Module):
 
     An entry has a slot (its index in a `Routing`), a key, a task, a rank, a scaling, and rows `start : start
     + rank` of every linear's `Factors`. Slots and rows of removed entries are reused; `slot_version` says
-    when a slot was last written, so that a `Routing` made before that is recognised as stale.
+    when a slot was last given to an entry, so that a `Routing` made before that is recognised as stale, and
+    `factors_version` when its factors were last written, training included.
 
     Args:
         config: the settings; metric, weighting, `top_k` and the rest of the routing are read from it.
@@ -58,6 +59,7 @@ class KnowledgePool(nn.Module):
         self.slot_of: dict[str, int] = {}
         self.version = 0
         self.owner: str | None = None
+        self.factors_on_host = False
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._free_rows: dict[int, list[int]] = {}  # number of rows: starts of free blocks of that size
@@ -68,6 +70,7 @@ class KnowledgePool(nn.Module):
         self.register_buffer("scaling", torch.zeros(0))
         self.register_buffer("active", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("slot_version", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("factors_version", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("row_entry", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("keys", torch.zeros(0, 0))
         self.register_buffer("index_keys", torch.zeros(0, 0))
@@ -163,6 +166,7 @@ class KnowledgePool(nn.Module):
             self.metric.update(queries.to(self.keys))
         info = TaskInfo(name, labels=list(labels) if labels is not None else None)
         self.version += 1
+        self._settle()
         starts = self._take_rows(ranks)
         for m in range(num):
             slot = self._take_slot()
@@ -172,7 +176,8 @@ class KnowledgePool(nn.Module):
             self.start[slot], self.rank[slot] = starts[m], ranks[m]
             self.row_entry[starts[m] : starts[m] + ranks[m]] = slot
             self.scaling[slot] = self.config.scaling if scaling is None else scaling
-            self.active[slot], self.slot_version[slot] = True, self.version
+            self.active[slot] = True
+            self.slot_version[slot] = self.factors_version[slot] = self.version
             self.keys[slot] = keys[m].to(self.keys)
         for factors in self.factors:
             for begin, r in zip(starts, ranks, strict=True):
@@ -196,12 +201,13 @@ class KnowledgePool(nn.Module):
         if any(self.rank[s] != self.rank[t] for s, t in pairs):
             raise ValueError(f"the entries of {source!r} and {target!r} have different ranks")
         self.version += 1
+        self._settle()
         for s, t in pairs:
             begin, end, r = int(self.start[s]), int(self.start[t]), int(self.rank[s])
             for factors in self.factors:
                 factors.A[end : end + r] = factors.A[begin : begin + r]
                 factors.B[end : end + r] = factors.B[begin : begin + r]
-            self.slot_version[t] = self.version
+            self.slot_version[t] = self.factors_version[t] = self.version
 
     def remove_task(self, name: str) -> None:
         """Forget a task: its entries can never be picked again, and their slots and rows are reused."""
@@ -234,7 +240,7 @@ class KnowledgePool(nn.Module):
             return self._free_slots.pop()
         if self._num_slots == self.start.shape[0]:
             capacity = max(8, 2 * self._num_slots)
-            for name in ("start", "rank", "scaling", "active", "slot_version", "keys"):
+            for name in ("start", "rank", "scaling", "active", "slot_version", "factors_version", "keys"):
                 setattr(self, name, grown(getattr(self, name), capacity))
         self._num_slots += 1
         return self._num_slots - 1
@@ -250,7 +256,7 @@ class KnowledgePool(nn.Module):
             if begin + size > capacity:
                 capacity = max(begin + size, 2 * capacity)
                 for factors in self.factors:
-                    factors.grow(capacity)
+                    factors.grow(capacity, self._pins)
                 self.row_entry = grown(self.row_entry, capacity)
                 self.row_entry[self.num_rows :] = -1
             self.num_rows += size
@@ -263,6 +269,8 @@ class KnowledgePool(nn.Module):
         info = self.task(name)
         if self.owner is not None:
             raise ValueError(f"task {self.owner!r} is being trained; finish it first")
+        if self.factors_on_host and self.start.device.type != "cpu":
+            raise ValueError(f"training needs the factors on {self.start.device}: call keep_on_host(False)")
         begin = int(self.start[info.slots[0]])
         end = int(self.start[info.slots[-1]] + self.rank[info.slots[-1]])
         for factors in self.factors:
@@ -278,12 +286,38 @@ class KnowledgePool(nn.Module):
         for factors in self.factors:
             factors.disown()
         self.heads.requires_grad_(False)
+        self.version += 1
+        self.factors_version[self.tasks[self.owner].slots] = self.version
         self.owner = None
+
+    # ---- where it is
+
+    def keep_on_host(self, on: bool = True) -> None:
+        """Hold the factors in host memory, pinned where CUDA is present, wherever the pool is moved to.
+
+        Layers on a GPU then read them through a `ResidentPool`. False moves them to the pool's device.
+        """
+        self.factors_on_host = on
+        self._apply(lambda tensor: tensor)
+
+    def _settle(self) -> None:
+        """Wait for copies out of pinned memory, before rows there are written."""
+        if self._pins:
+            torch.cuda.synchronize(self.start.device if self.start.is_cuda else None)
+
+    @property
+    def _pins(self) -> bool:
+        return self.factors_on_host and torch.cuda.is_available()
 
     def _apply(self, fn, recurse=True):
         """Move everything to fn's device; only the factors take its dtype: routing stays in fp32."""
-        device = fn(torch.empty(0, device=self.start.device)).device
-        self.factors._apply(fn)
+        like = fn(torch.empty(0, device=self.start.device, dtype=self.factors[0].A.dtype))
+        device = like.device
+        if self.factors_on_host:
+            held = self.factors[0].A.new_empty(0, dtype=like.dtype, device="cpu")
+            self.factors._apply(lambda t: t.to(held).pin_memory() if self._pins else t.to(held))
+        else:
+            self.factors._apply(lambda t: fn(t).to(device))
         for part in (self.heads, self.metric):
             if part is not None:
                 part._apply(lambda tensor: tensor.to(device))
@@ -295,6 +329,8 @@ class KnowledgePool(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._faiss = None
+        self.version += 1
+        self.factors_version.fill_(self.version)
 
     def __getstate__(self) -> dict:
         """A FAISS index is neither pickled nor copied: the copy builds its own."""

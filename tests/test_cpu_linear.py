@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_ops import DTYPES, assert_close, name_of, needs_cpu
 
 from slm_fast import dispatch
-from slm_fast.cpu_linear import LinearGroup, step_routing
+from slm_fast.cpu_linear import LayerTail, LinearGroup, Rotation, step_routing
 from slm_fast.factors import Factors
 
 pytestmark = needs_cpu
@@ -341,7 +341,7 @@ x, out = array.array("f", range(512 * 512)), [array.array("f", [0] * 512) for _ 
 p = x.buffer_info()[0]
 group = _C.LinearGroup(0, 512, 1, 1e-5, p, [(p, 0, 512, 0, 0, 0, 0)])
 for threads, y in enumerate(out, 1):
-    group.forward(p, 0, 1, [y.buffer_info()[0]], 0, None, threads)
+    group.forward(p, 0, 1, [y.buffer_info()[0]], 0, None, None, threads)
 assert out[0] == out[1] == out[2] and any(out[0])
 print(_C.build_info()["thread_pool"])
 """
@@ -352,3 +352,74 @@ def test_threads_of_a_process_without_openmp():
 
     run = subprocess.run([sys.executable, "-c", WITHOUT_OPENMP, _C.__file__], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == "std::thread", run.stdout + run.stderr
+
+
+def turned(y, cos, sin):
+    """The formula as transformers' modelling files compute it. y: [rows, tokens, heads, size]."""
+    a, b = y.chunk(2, -1)
+    return y * cos[:, :, None] + torch.cat((-b, a), -1) * sin[:, :, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [2, 10, 64])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "shared"), [(1, 1, False), (3, 1, True), (2, 5, False), (3, 30, True)]
+)
+def test_rotation_has_the_bits_of_pytorch(dtype, head_size, rows, tokens, shared):
+    case = Case((tokens,) * rows, sizes=(2 * head_size, head_size, 3), dtype=dtype)
+    g = torch.Generator().manual_seed(1)
+    shape = (1 if shared else rows, tokens, head_size)
+    cos, sin = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+    plain = case.group()(case.x, routing=case.routing())
+    got = case.group()(case.x, routing=case.routing(), rotation=Rotation(cos, sin))
+    for y, want in zip(got[:2], plain[:2], strict=True):
+        heads = want.view(rows, tokens, -1, head_size)
+        assert torch.equal(y.view_as(heads), turned(heads, cos, sin))
+    assert torch.equal(got[2], plain[2])
+
+
+def test_wrong_rotations():
+    case = Case((1,) * 4, sizes=(12, 12))
+    cos = torch.randn(4, 1, 8)
+    for rotation, message in (
+        (Rotation(cos, cos), "whole heads of 8"),
+        (Rotation(cos[:3, :, :4], cos[:3, :, :4]), "3 angles"),
+        (Rotation(cos.half(), cos.half()), "float16 for 4 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            case.group()(case.x, rotation=rotation)
+    with pytest.raises(ValueError, match="even"):
+        Rotation(cos[..., :3], cos[..., :3])
+
+
+def tail_cases(dtype, tokens, hidden=36, wide=100, attended=24):
+    out = Case((1,) * tokens, sizes=(hidden,), in_features=attended, dtype=dtype, bias=False)
+    gate_up = Case(
+        (1,) * tokens, sizes=(wide, wide), in_features=hidden, prologue="rms_norm", dtype=dtype, seed=1
+    )
+    down = Case((1,) * tokens, sizes=(hidden,), in_features=wide, prologue="silu_mul", dtype=dtype, seed=2)
+    return out, gate_up, down
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 64, 70])
+def test_the_tail_of_a_layer_is_its_groups_one_by_one(dtype, tokens):
+    out, gate_up, down = tail_cases(dtype, tokens)
+    groups = [case.group() for case in (out, gate_up, down)]
+    for routing in (None, out.routing()):
+        (x,) = groups[0](out.x, residual=out.residual, routing=routing)
+        gate, up = groups[1](x, routing=routing)
+        (want,) = groups[2](gate, up, residual=x, routing=routing)
+        got = LayerTail(*groups)(out.x, out.residual, routing)
+        assert torch.equal(got, want)
+    assert LayerTail(*groups)(out.x[:0], out.residual[:0]).shape == (0, 36)
+
+
+def test_wrong_tails():
+    out, gate_up, down = (case.group() for case in tail_cases(torch.float32, 2))
+    with pytest.raises(ValueError, match="follow one another"):
+        LayerTail(gate_up, out, down)(torch.zeros(2, 36), torch.zeros(2, 24))
+    with pytest.raises(ValueError, match="attended"):
+        LayerTail(out, gate_up, down)(torch.zeros(2, 25), torch.zeros(2, 36))
+    with pytest.raises(ValueError, match="residual must be contiguous"):
+        LayerTail(out, gate_up, down)(torch.zeros(2, 24), torch.zeros(36, 2).T)

@@ -10,7 +10,7 @@ from conftest import clustered_embeddings, tiny_base, tiny_model
 
 from slm_fast import fast_forward, get_slm_model, patch_model, unpatch_model
 from slm_fast.config import SLMConfig
-from slm_fast.cpu_linear import LinearGroup
+from slm_fast.cpu_linear import LayerTail, LinearGroup
 from slm_fast.fast_forward import FastDecoderLayer, FastHead
 from slm_fast.layers import default_pool
 
@@ -44,13 +44,18 @@ def family_model(family: str, dtype=torch.float32, **config):
 @pytest.fixture
 def calls(monkeypatch):
     """The groups of linears that ran."""
-    seen, real = [], LinearGroup.__call__
+    seen = []
 
-    def call(self, *args, **kwargs):
-        seen.append(self)
-        return real(self, *args, **kwargs)
+    def record(kind):
+        real = kind.__call__
 
-    monkeypatch.setattr(LinearGroup, "__call__", call)
+        def call(self, *args, **kwargs):
+            seen.append(self)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "__call__", call)
+
+    record(LinearGroup), record(LayerTail)
     return seen
 
 
@@ -89,7 +94,7 @@ def test_logits_are_those_of_the_ordinary_layers(family, targets, calls, slow):
             return model(**inputs, routing=routing, **options)
 
     got, want = run(output_hidden_states=True), slow(lambda: run(output_hidden_states=True))
-    assert len(calls) == 2 * 4 + 1  # two layers and the head
+    assert len(calls) == 2 * 2 + 1  # two layers and the head
     torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
     assert len(got.hidden_states) == len(want.hidden_states) == 3
     for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
@@ -129,7 +134,7 @@ def test_generation_gives_the_same_tokens(family, options, calls, slow):
         return model.generate(**inputs, routing=routing, **options)
 
     got = run()
-    assert len(calls) >= 8 * 4
+    assert len(calls) >= 8 * 5
     assert torch.equal(got, slow(run))
     base = model.generate(**inputs, adapter_names=["__base__"] * 3, **options)
     assert got.shape != base.shape or not torch.equal(got, base)  # the mixtures matter
@@ -144,7 +149,7 @@ def test_rows_without_weights_are_the_model_without_a_pool(dtype, calls):
         got = model(**inputs, routing=routing).logits
         with model.state.use(None):
             frozen = model.base_model(**inputs).logits
-    assert len(calls) == 2 * 9
+    assert len(calls) == 2 * 5
     assert torch.equal(got[1], frozen[1]) and not torch.equal(got[0], frozen[0])
 
 
@@ -176,10 +181,10 @@ def test_hooks_on_inner_modules_run(calls):
     handle = layer.mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
     with torch.no_grad():
         model(**left_padded(), routing=routing_of(model))
-        assert len(seen) == 1 and len(calls) == 4 + 1
+        assert len(seen) == 1 and len(calls) == 2 + 1
         handle.remove()
         model(**left_padded(), routing=routing_of(model))
-    assert len(seen) == 1 and len(calls) == 2 * 4 + 1 + 5
+    assert len(seen) == 1 and len(calls) == 2 + 1 + 5
 
 
 def test_attentions_are_recorded(calls):
@@ -257,7 +262,7 @@ def test_copies_and_pickles_run_by_themselves(calls):
             other.base_model.model.layers[0].mlp.up_proj.weight.data.zero_()
             assert not torch.equal(other(input_ids=ids, routing=routing).logits, want)
         assert torch.equal(model(input_ids=ids, routing=routing).logits, want)
-    assert len(calls) == 6 * 9
+    assert len(calls) == 6 * 5
 
 
 def patched_base(**config):

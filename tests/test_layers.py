@@ -83,4 +83,4 @@ def test_state_is_restored_after_an_error():
         model(input_ids=torch.full((2, 5), 10_000), embeddings=clustered_embeddings(0, 2))
     assert model.state.routing is None
     frozen = tiny_base("llama")(inputs).logits
-    assert torch.equal(model.base_model(inputs).logits, frozen)
+    torch.testing.assert_close(model.base_model(inputs).logits, frozen, rtol=0, atol=1e-5)

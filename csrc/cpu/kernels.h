@@ -54,6 +54,9 @@ struct LinearKernels {
   void (*finish)(const float* acc, int64_t num_t, int64_t width, const void* bias, const uint8_t* mixed,
                  const float* mix, int64_t mix_stride, const void* residual, int dtype, int64_t y_stride,
                  void* y);
+
+  // One head in place: the halves of x are turned by the angles, see Rotation.
+  void (*rotate)(void* x, const void* cos, const void* sin, int dtype, int64_t head_size);
 };
 
 struct Kernels {

@@ -1,7 +1,7 @@
-// One parallel region a call, in three stages that barriers divide: (1) the prologue, shared out by tokens;
-// (2) tokens packed for AMX, and the rank-space vectors u = coef A h, shared out by entries; (3) each
-// thread's own contiguous rows of the weights, read once for all tokens, with the mixture, bias and residual
-// added to the fp32 sums. Bytes: the weights, and the factors of each entry that any token picked, once.
+// One parallel region a call, in stages that barriers divide: (1) the prologue, shared out by tokens; (2)
+// tokens packed for AMX, and the rank-space vectors u = coef A h, shared out by entries; (3) each thread's own
+// contiguous rows of the weights, read once for all tokens, with the mixture, bias and residual added to the
+// fp32 sums; (4) the rotation. Bytes: the weights, and the factors of each entry that any token picked, once.
 #include "linear_group.h"
 
 #include <algorithm>
@@ -57,13 +57,21 @@ struct ShrinkPart {
   int64_t linear_index, begin;
 };
 
+// What the calling thread keeps for one group of a call.
+struct Workspace {
+  Scratch h, h32, packed, u;
+  std::vector<ShrinkPart> parts;
+};
+
+
 // One pass of up to kMostTokens tokens; `first` is the call's token that x, x2 and routing begin with.
 struct GroupCall {
   const LinearGroup& group;
   const BlockRouting* routing;  // null if no token picks anything here
   const void *x, *x2, *residual;
-  const std::vector<void*>& out;
+  std::vector<void*> out;
   int64_t first, num_tokens;
+  const Rotation* rotation;  // or null
 
   const LinearKernels& ops = kernels().linear;
   const DType h_dtype = group.dtype_ == DType::bf16 && ops.multiplies_bf16 ? DType::bf16 : DType::f32;
@@ -75,7 +83,6 @@ struct GroupCall {
   void* packed = nullptr;
   float* u = nullptr;  // [linears][routing->u_size]
   const std::vector<ShrinkPart>* parts = nullptr;
-  Barrier barrier;
 
   bool mixes(const Linear& linear) const { return routing && linear.A; }
   // Factors of another dtype than h's are multiplied in fp32.
@@ -89,35 +96,35 @@ struct GroupCall {
               part.linear->factor_dtype);
   }
 
-  void plan();
+  void plan(Workspace& space);
   void plan_shrink(std::vector<ShrinkPart>& list);
-  void work(int thread, int threads);
+  // `round`: of the barrier's waits of this thread.
+  void work(int thread, int threads, Barrier& barrier, int64_t& round);
   void prologue(int thread, int threads);
   void shrink(int thread, int threads);
   void outputs(int thread, int threads);
+  void rotate(int thread, int threads);
   void output_panel(int64_t linear, int64_t begin, int64_t end, const void* next, Scratch& memory);
   void expand(const Linear& linear, const float* linear_u, int64_t begin, int64_t width, int64_t stride,
               float* mix) const;
 };
 
-void GroupCall::plan() {
-  thread_local Scratch memory[4];
-  thread_local std::vector<ShrinkPart> list;
+void GroupCall::plan(Workspace& space) {
   const int64_t dim = group.in_features_, n = num_tokens * dim;
   const DType dtype = group.dtype_;
   bool reads_full = h_dtype == DType::f32;
-  if (routing) plan_shrink(list);
+  if (routing) plan_shrink(space.parts);
   for (const Linear& linear : group.linears_)
     reads_full = reads_full || (mixes(linear) && !shrinks_in_bf16(linear));
   const bool keeps_h = h_dtype == dtype;
   h = x;
-  if (group.prologue_ != Prologue::none && keeps_h) h = h_out = memory[0].at_least<char>(n * size_of(dtype));
-  if (reads_full && dtype != DType::f32) h32 = memory[1].at_least<float>(n);
+  if (group.prologue_ != Prologue::none && keeps_h) h = h_out = space.h.at_least<char>(n * size_of(dtype));
+  if (reads_full && dtype != DType::f32) h32 = space.h32.at_least<float>(n);
   full = dtype == DType::f32 ? static_cast<const float*>(h) : h32;
   if (!keeps_h) h = h32;
   const int64_t packed_bytes = uses_tiles ? ops.packed_bytes(num_tokens, dim) : 0;
-  if (packed_bytes) packed = memory[2].at_least<char>(packed_bytes);
-  if (routing) u = memory[3].at_least<float>(routing->u_size * static_cast<int64_t>(group.linears_.size()));
+  if (packed_bytes) packed = space.packed.at_least<char>(packed_bytes);
+  if (routing) u = space.u.at_least<float>(routing->u_size * static_cast<int64_t>(group.linears_.size()));
 }
 
 void GroupCall::plan_shrink(std::vector<ShrinkPart>& list) {
@@ -223,8 +230,20 @@ void GroupCall::outputs(int thread, int threads) {
   }
 }
 
-void GroupCall::work(int thread, int threads) {
-  int64_t round = 0;
+void GroupCall::rotate(int thread, int threads) {
+  const int64_t size = rotation->head_size, end = share_begin(num_tokens, thread + 1, threads);
+  for (int64_t t = share_begin(num_tokens, thread, threads); t < end; ++t) {
+    const int64_t angle = (first + t) % rotation->num_angles * size;
+    for (int64_t i = 0; i < rotation->num_linears; ++i) {
+      const int64_t features = group.linears_[i].out_features;
+      for (int64_t c = 0; c < features; c += size)
+        ops.rotate(at(out[i], (first + t) * features + c, group.dtype_), at(rotation->cos, angle, group.dtype_),
+                   at(rotation->sin, angle, group.dtype_), static_cast<int>(group.dtype_), size);
+    }
+  }
+}
+
+void GroupCall::work(int thread, int threads, Barrier& barrier, int64_t& round) {
   if (h_out || h32) {
     prologue(thread, threads);
     barrier.wait(threads, round);
@@ -239,6 +258,10 @@ void GroupCall::work(int thread, int threads) {
   if (uses_tiles) ops.enter(num_tokens);
   outputs(thread, threads);
   if (uses_tiles) ops.leave();
+  if (rotation) {
+    barrier.wait(threads, round);
+    rotate(thread, threads);
+  }
 }
 
 LinearGroup::LinearGroup(DType dtype, int64_t in_features, Prologue prologue, float eps,
@@ -256,13 +279,16 @@ LinearGroup::LinearGroup(DType dtype, int64_t in_features, Prologue prologue, fl
 }
 
 void LinearGroup::check(const std::vector<void*>& out, const void* residual, int64_t num_tokens,
-                        const StepRouting* routing) const {
+                        const StepRouting* routing, const Rotation* rotation) const {
   const auto fail = [](const std::string& message) { throw std::invalid_argument(message); };
   if (out.size() != linears_.size())
     fail("out must have one pointer for each of the " + std::to_string(linears_.size()) + " linears, got " +
          std::to_string(out.size()));
   if (residual && linears_.size() != 1)
     fail("residual goes with one linear, the group has " + std::to_string(linears_.size()));
+  for (int64_t i = 0; rotation && i < rotation->num_linears; ++i)
+    if (i >= static_cast<int64_t>(linears_.size()) || linears_[i].out_features % rotation->head_size)
+      fail("rotated outputs must be whole heads of " + std::to_string(rotation->head_size) + " features");
   if (!routing) return;
   if (routing->num_tokens != num_tokens)
     fail("routing was made for " + std::to_string(routing->num_tokens) + " tokens, got " +
@@ -273,23 +299,67 @@ void LinearGroup::check(const std::vector<void*>& out, const void* residual, int
            std::to_string(linear.total_rank));
 }
 
+GroupCall LinearGroup::call(const void* x, const void* x2, int64_t first, int64_t num_tokens,
+                            std::vector<void*> out, const void* residual, const StepRouting* routing,
+                            const Rotation* rotation) const {
+  const int64_t begin = first * in_features_;
+  const BlockRouting* block = routing ? &routing->blocks[first / kMostTokens] : nullptr;
+  if (block && block->entries.empty()) block = nullptr;
+  return {*this,    block, at(x, begin, dtype_), x2 ? at(x2, begin, dtype_) : nullptr,
+          residual, out,   first,                num_tokens,
+          rotation};
+}
+
 void LinearGroup::forward(const void* x, const void* x2, int64_t num_tokens, const std::vector<void*>& out,
-                          const void* residual, const StepRouting* routing, int num_threads) const {
-  check(out, residual, num_tokens, routing);
+                          const void* residual, const StepRouting* routing, const Rotation* rotation,
+                          int num_threads) const {
+  thread_local Workspace space;
+  check(out, residual, num_tokens, routing, rotation);
   const int threads = weight_bytes_ < kSerialBytes ? 1 : num_threads;
   for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
-    const int64_t begin = first * in_features_;
-    const BlockRouting* block = routing ? &routing->blocks[first / kMostTokens] : nullptr;
-    GroupCall call{*this,
-                   block && !block->entries.empty() ? block : nullptr,
-                   at(x, begin, dtype_),
-                   x2 ? at(x2, begin, dtype_) : nullptr,
-                   residual,
-                   out,
-                   first,
-                   std::min(kMostTokens, num_tokens - first)};
-    call.plan();
-    parallel_region(threads, [&](int thread, int of) { call.work(thread, of); });
+    const int64_t count = std::min(kMostTokens, num_tokens - first);
+    GroupCall one = call(x, x2, first, count, out, residual, routing, rotation);
+    one.plan(space);
+    Barrier barrier;
+    parallel_region(threads, [&](int thread, int of) {
+      int64_t round = 0;
+      one.work(thread, of, barrier, round);
+    });
+  }
+}
+
+void forward_tail(const LinearGroup& out, const LinearGroup& gate_up, const LinearGroup& down,
+                  const void* attended, const void* residual, int64_t num_tokens, void* y,
+                  const StepRouting* routing, int num_threads) {
+  thread_local Workspace spaces[3];
+  thread_local Scratch memory[3];
+  if (out.linears_.size() != 1 || gate_up.linears_.size() != 2 || down.linears_.size() != 1 ||
+      out.linears_[0].out_features != gate_up.in_features_ || down.in_features_ != gate_up.linears_[0].out_features ||
+      down.in_features_ != gate_up.linears_[1].out_features ||
+      down.linears_[0].out_features != gate_up.in_features_ || out.dtype_ != gate_up.dtype_ ||
+      out.dtype_ != down.dtype_)
+    throw std::invalid_argument("out, gate_up and down do not follow one another");
+  const int64_t bytes = size_of(out.dtype_);
+  void* const x = memory[0].at_least<char>(num_tokens * gate_up.in_features_ * bytes);
+  void* const gate = memory[1].at_least<char>(num_tokens * down.in_features_ * bytes);
+  void* const up = memory[2].at_least<char>(num_tokens * down.in_features_ * bytes);
+  out.check({x}, residual, num_tokens, routing, nullptr);
+  gate_up.check({gate, up}, nullptr, num_tokens, routing, nullptr);
+  down.check({y}, x, num_tokens, routing, nullptr);
+  for (int64_t first = 0; first < num_tokens; first += kMostTokens) {
+    const int64_t count = std::min(kMostTokens, num_tokens - first);
+    GroupCall calls[] = {out.call(attended, nullptr, first, count, {x}, residual, routing, nullptr),
+                         gate_up.call(x, nullptr, first, count, {gate, up}, nullptr, routing, nullptr),
+                         down.call(gate, up, first, count, {y}, x, routing, nullptr)};
+    for (int i = 0; i < 3; ++i) calls[i].plan(spaces[i]);
+    Barrier barrier;
+    parallel_region(num_threads, [&](int thread, int of) {
+      int64_t round = 0;
+      for (int i = 0; i < 3; ++i) {
+        if (i) barrier.wait(of, round);
+        calls[i].work(thread, of, barrier, round);
+      }
+    });
   }
 }
 
