@@ -1,6 +1,7 @@
 """Linears that read the same input in one call of the CPU extension, with all that comes before and after.
 
-Made for decoding, 1 to 64 tokens a step, where reading the weights is the cost. Inference only.
+Made for decoding, 1 to 64 tokens a step, where reading the weights is the cost; on AMX tiles, in bf16, for any
+number of tokens. Inference only.
 """
 
 from collections.abc import Sequence
@@ -99,9 +100,10 @@ class LinearGroup:
           = silu(x) * x2                          prologue "silu_mul"
         y_i[t] = W_i h[t] + bias_i + sum_k weights[b, k] * scaling[e] * B_i[e]^T (A_i[e] h[t]) + residual[t]
 
-    with e = indices[b, k] and b the row of token t. Sums are in fp32 and rounded once, at the end. A token
-    has the same bits whatever the other tokens and the number of threads; a row without picks has the bits
-    of a call without routing. Not differentiable.
+    with e = indices[b, k] and b the row of token t. Sums are in fp32 and rounded once, at the end;
+    on AMX tiles coefficient times A x is rounded to bf16 for rows of 16 tokens and more. A row has the same
+    bits whatever the other rows and the number of threads; a row without picks has the bits of a call without
+    routing. Not differentiable.
 
     Args: linears: (weight [out_features, in_features], bias [out_features] or None, factors) of each; weights
     and biases have one dtype, fp32/bf16/fp16.  factors: None, (A [total_rank, in_features], B [total_rank,

@@ -466,3 +466,9 @@ def cuda_devices() -> str:
 def cpu_info() -> dict[str, str | None]:
     """Instruction set in use and how the extension was built; empty when it is not."""
     return {} if _C is None else {"isa": _C.isa(), **_C.build_info()}
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the CPU ops multiply bf16 on AMX tiles."""
+    return cpu_info().get("isa") == "amx"

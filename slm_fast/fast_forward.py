@@ -2,14 +2,15 @@
 
 A patched model keeps its modules, parameters, signature, outputs, caches and `generate`; `forward` and
 `generate` also take `texts=`, `embeddings=`, `routing=` or `adapter_names=`, one item for each row. Its
-targeted linears become `MixtureLinear`s; its decoder layers, while they decode on the CPU, run as two calls
-that read their weights once (see `cpu_linear.LinearGroup` and `LayerTail`):
+targeted linears become `MixtureLinear`s; its decoder layers, while they decode on the CPU (and in prefill, in
+bf16 on processors with AMX), run as two calls that read their weights once (see `cpu_linear.LinearGroup` and
+`LayerTail`):
 
     q, k, v = linears(rms_norm(x));  x = x + o_proj(attention(rope(q), rope(k), v))
     gate, up = linears(rms_norm(x));  x = x + down_proj(silu(gate) * up)
 
 with every row's mixture added inside the call. Attention, cache and mask are transformers' own. Whatever this
-path does not know (training, prefill, hooks on inner modules, other attention functions) goes through the
+path does not know (training, hooks on inner modules, other attention functions) goes through the
 layer's own forward, with the same mixtures.
 """
 
@@ -31,7 +32,7 @@ from slm_fast.router import SOURCES, Router, num_rows
 
 # Layers whose forward is the one above. Their attentions differ in what they pass on beside it.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-MOST_TOKENS = 64  # of a step that is bound by the bytes of the weights
+MOST_TOKENS = 64  # of a step that is bound by the bytes of the weights; PyTorch is faster on more
 
 
 def patch_model(
@@ -166,6 +167,13 @@ class FastModel:
         with torch.no_grad(), self.routed(args, kwargs):
             return super().generate(*args, **kwargs)
 
+    def generate_batch(self, *args, **kwargs):
+        """transformers' continuous batching of the frozen model; an `SLMModel` has it with mixtures."""
+        given = [name for name in SOURCES if kwargs.get(name) is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)}: continuous batching with mixtures needs an SLMModel")
+        return super().generate_batch(*args, **kwargs)
+
 
 class FastPath:
     """What a fast module needs beside its own weights; its groups of linears are made when first needed."""
@@ -178,15 +186,21 @@ class FastPath:
         return {"pool": self.pool, "state": self.state, "groups": None}  # groups hold addresses
 
     def runs(self, x: Tensor) -> bool:
-        """Whether x [rows, tokens, features] is a decoding step that this path may take."""
+        """Whether x [rows, tokens, features] is a step that this path may take: decoding, or where it is the
+        fastest prefill too."""
         return (
             x.device.type == "cpu"
             and self.state.lease is None  # groups read the pool itself, whatever a lease holds
-            and x.shape[0] * x.shape[1] <= MOST_TOKENS
+            and (x.shape[0] * x.shape[1] <= MOST_TOKENS or self.has_tiles(x.dtype))
             and not (torch.is_grad_enabled() and (x.requires_grad or self.pool.owner is not None))
             and not torch.is_autocast_enabled("cpu")
             and dispatch.select(x, self.pool.backend) == "cpu"
         )
+
+    def has_tiles(self, dtype: torch.dtype) -> bool:
+        """Whether weights and factors are multiplied on AMX tiles, at any number of tokens."""
+        factors = self.pool.factors[0].A.dtype if self.state.routing is not None else dtype
+        return dtype is factors is torch.bfloat16 and dispatch.has_tiles()
 
     def rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
         """The angles of a step, made once for all layers."""
@@ -196,11 +210,9 @@ class FastPath:
         return known
 
     def step(self, rows: int, num_tokens: int) -> object | None:
-        """The running routing for a batch of `rows`, a multiple of its own."""
-        routing = self.state.routing
-        if routing is not None and (routing.num_rows == 0 or rows % routing.num_rows):
-            wanted = routing.num_rows
-            raise ValueError(f"the batch has {rows} rows, which is not a multiple of the routing's {wanted}")
+        """The running routing for a batch of `rows`; raises ValueError where it has others."""
+        if self.state.routing is not None:
+            self.state.cu_seqlens(rows, num_tokens)
         return self.state.step(self.pool, num_tokens)
 
 
@@ -312,7 +324,8 @@ def _update_takes(cache_class: type) -> str:
     parameters = inspect.signature(cache_class.update).parameters
     if "cache_kwargs" in parameters:
         return "cache_kwargs"
-    return "kwargs" if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else ""
+    takes = "kwargs" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "kwargs" if takes else ""
 
 
 def updated(cache, k: Tensor, v: Tensor, layer_idx: int, kwargs: dict) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """The replaced linear layer, the holder that carries a batch's routing to it, and the surgery on a model."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,16 @@ from slm_fast.resident import Lease, ResidentPool, Slabs
 from slm_fast.routing import Routing
 
 
+class Packing(NamedTuple):
+    """Rows side by side in a batch [1, num_tokens, ...]: row b is cu_seqlens[b] : cu_seqlens[b + 1].
+
+    cu_seqlens: [rows + 1] int32, from 0 to num_tokens.
+    """
+
+    cu_seqlens: Tensor
+    num_tokens: int
+
+
 class RoutingState:
     """What a model's layers read: the routing of the running batch, or None for the frozen model.
 
@@ -20,15 +32,32 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self.packing: Packing | None = None  # None where all rows have the same number of tokens
         self.resident: ResidentPool | None = None
         self.lease: Lease | None = None
         self.rotation = None  # of the running step, see `fast_forward.FastPath`
         self._made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
         self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 
-    def use(self, routing: Routing | None) -> "RoutingScope":
+    def use(self, routing: Routing | None, packing: Packing | None = None) -> "RoutingScope":
         """A context in which the layers see `routing`; what they saw before comes back at its end, always."""
-        return RoutingScope(self, routing)
+        return RoutingScope(self, routing, packing)
+
+    def cu_seqlens(self, rows: int, num_tokens: int) -> Tensor | None:
+        """Where the routing's rows begin in a batch of `rows` rows, `num_tokens` in all; None: equal parts.
+
+        Raises ValueError on another batch than the routing was made for.
+        """
+        wanted = self.routing.indices.shape[0]
+        if self.packing is None:
+            if wanted == 0 or rows % wanted:
+                raise ValueError(
+                    f"the batch has {rows} rows, which is not a multiple of the routing's {wanted}"
+                )
+            return None
+        if num_tokens != self.packing.num_tokens:
+            raise ValueError(f"the batch has {num_tokens} tokens, its packing {self.packing.num_tokens}")
+        return self.packing.cu_seqlens
 
     def dense(self, num_entries: int) -> Tensor:
         """The running batch's weights as a matrix [rows, num_entries], made once for all layers."""
@@ -40,10 +69,13 @@ class RoutingState:
         if self.routing is None:
             return None
         entries, picks = (pool.start, pool.rank, pool.scaling), (self.routing.indices, self.routing.weights)
+        cu_seqlens = None if self.packing is None else self.packing.cu_seqlens
         return self._once(
             "step",
             (pool.version, num_tokens, *map(id, entries)),
-            lambda: step_routing(*entries, pool.row_entry.shape[0], *picks, num_tokens=num_tokens),
+            lambda: step_routing(
+                *entries, pool.row_entry.shape[0], *picks, cu_seqlens, num_tokens=num_tokens
+            ),
         )
 
     def _once(self, kind: str, made_of: tuple, make) -> object:
@@ -56,20 +88,20 @@ class RoutingState:
 class RoutingScope:
     """See `RoutingState.use`; may be entered again, as checkpointing does when a graph is kept."""
 
-    def __init__(self, state: RoutingState, routing: Routing | None) -> None:
-        self.state, self.routing = state, routing
-        self.previous: list[tuple[Routing | None, Lease | None]] = []
+    def __init__(self, state: RoutingState, routing: Routing | None, packing: Packing | None) -> None:
+        self.state, self.routing, self.packing = state, routing, packing
+        self.previous: list[tuple[Routing | None, Lease | None, Packing | None]] = []
 
     def __enter__(self) -> None:
         state, lease = self.state, None
         if state.resident is not None and self.routing is not None:
             lease = state.resident.acquire(self.routing)
-        self.previous.append((state.routing, state.lease))
-        state.routing, state.lease, state._made = self.routing, lease, {}
+        self.previous.append((state.routing, state.lease, state.packing))
+        state.routing, state.lease, state.packing, state._made = self.routing, lease, self.packing, {}
 
     def __exit__(self, *exception) -> None:
         state, lease = self.state, self.state.lease
-        (state.routing, state.lease), state._made = self.previous.pop(), {}
+        (state.routing, state.lease, state.packing), state._made = self.previous.pop(), {}
         if lease is not None:
             lease.release()
 
@@ -80,7 +112,8 @@ class MixtureLinear(nn.Module):
         y[t] = W x[t] + bias + sum_k weights[b, k] * scaling[i] * B[i] A[i] x[t],   i = indices[b, k]
 
     The input's first dimension must be a multiple of the routing's rows: beams and return sequences of a row
-    share its mixture. The pool is referenced, not owned, so that the base model's state dict stays its own.
+    share its mixture. With a `Packing` the rows lie side by side in one sequence instead. The pool is
+    referenced, not owned, so that the base model's state dict stays its own.
     """
 
     def __init__(self, base_layer: nn.Module, pool: KnowledgePool, index: int, state: RoutingState) -> None:
@@ -117,12 +150,8 @@ class MixtureLinear(nn.Module):
         if state.lease is not None:
             pool, routing = state.lease.pool, state.lease.routing
             factors = pool.factors[self._index]
-        rows = routing.indices.shape[0]
-        if rows == 0 or x.shape[0] % rows:
-            raise ValueError(
-                f"the batch has {x.shape[0]} rows, which is not a multiple of the routing's {rows}"
-            )
         flat = x.reshape(-1, x.shape[-1])
+        rows, cu_seqlens = routing.indices.shape[0], state.cu_seqlens(x.shape[0], flat.shape[0])
         owned = {"A_owned": factors.A_owned, "B_owned": factors.B_owned, "owned": factors.owned}
         op = self._op(flat, rows, pool)
         if op == "fused_linear":
@@ -136,11 +165,12 @@ class MixtureLinear(nn.Module):
                 pool.row_entry[used],
                 pool.scaling,
                 state.dense(pool.scaling.shape[0]),
+                cu_seqlens,
                 **owned,
                 backend=pool.backend,
             )
         else:
-            gathered = (factors.A, factors.B, pool.start, pool.rank, pool.scaling, *routing[:2])
+            gathered = (factors.A, factors.B, pool.start, pool.rank, pool.scaling, *routing[:2], cu_seqlens)
             owned |= {"max_rank": pool.max_rank, "backend": pool.backend}
             if op == "segment_linear":
                 y = ops.segment_linear(flat, self.weight, self.bias, *gathered, **owned)
@@ -241,7 +271,7 @@ def checkpoint_contexts(state: RoutingState):
     """The `context_fn` of checkpointing: recomputation sees the routing of its own forward pass."""
 
     def contexts():
-        return state.use(state.routing), state.use(state.routing)
+        return state.use(state.routing, state.packing), state.use(state.routing, state.packing)
 
     return contexts
 

@@ -239,6 +239,34 @@ class SLMModel(nn.Module):
         with self.state.use(self._resolve(num_rows((inputs,), kwargs), **sources)):
             return self.base_model.generate(inputs, **kwargs)
 
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]] | None = None,
+        *,
+        texts: Sequence[str] | None = None,
+        embeddings: Tensor | None = None,
+        routing: Routing | None = None,
+        adapter_names: Sequence[str] | None = None,
+        task: str | Sequence[str | None] | None = None,
+        **options,
+    ) -> dict:
+        """transformers' `generate_batch`, continuous batching, with every request's own mixture.
+
+        Without `inputs` the prompts are the texts. For the options, the result and the errors see
+        `slm_fast.continuous.generate_batch`.
+        """
+        from slm_fast.continuous import generate_batch
+
+        sources = {"texts": texts, "embeddings": embeddings, "routing": routing}
+        sources |= {"adapter_names": adapter_names, "task": task}
+        return generate_batch(self, inputs, sources, **options)
+
+    def continuous_batching_context_manager(self, *args, **options):
+        """A running manager whose `add_request` takes routing arguments: see `slm_fast.continuous`."""
+        from slm_fast.continuous import routed_manager
+
+        return routed_manager(self, *args, **options)
+
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """What heads read: the backbone's pooled last hidden state under the current routing, [B, H] fp32."""
         base = self.base_model

@@ -423,3 +423,37 @@ def test_wrong_tails():
         LayerTail(out, gate_up, down)(torch.zeros(2, 25), torch.zeros(2, 36))
     with pytest.raises(ValueError, match="residual must be contiguous"):
         LayerTail(out, gate_up, down)(torch.zeros(2, 24), torch.zeros(36, 2).T)
+
+
+LONG_ROWS = ((16,), (65,), (40, 3, 100, 16, 15), (600, 1, 70), (20,) * 40)
+
+
+@pytest.mark.parametrize("lengths", LONG_ROWS, ids=str)
+@pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("prologue", ["none", "rms_norm", "silu_mul"])
+def test_long_rows(lengths, factor_dtype, prologue):
+    """Prefill in bf16: many blocks of tokens, whole rows of which are the same wherever they stand."""
+    case = Case(lengths, (63, 100, 64), prologue=prologue, dtype=torch.bfloat16, factor_dtype=factor_dtype)
+    got = case.verify()
+    base, without = case.run(), ~case.weights.any(1)[case.row_of_token]
+    for y, frozen in zip(got, base, strict=True):
+        assert torch.equal(y[without], frozen[without])
+    for row in {0, len(lengths) // 2, len(lengths) - 1}:
+        tokens = slice(*case.bounds[row : row + 2].tolist())
+        alone = case.routing(
+            indices=case.indices[row : row + 1],
+            weights=case.weights[row : row + 1],
+            cu_seqlens=None,
+            num_tokens=lengths[row],
+        )
+        for y, whole in zip(case.run(tokens, routing=alone), got, strict=True):
+            assert torch.equal(y, whole[tokens])
+
+
+def test_many_entries_of_all_ranks_in_long_rows():
+    case = Case((48,) * 4, (40,), in_features=96, dtype=torch.bfloat16, factor_dtype=torch.bfloat16, top_k=3)
+    case.verify()
+    one = case.routing(indices=case.indices * 0 + 2, weights=torch.ones_like(case.weights))  # picked thrice
+    same = case.routing(indices=case.indices[:, :1] * 0 + 2, weights=torch.full((4, 1), 3.0))
+    for a, b in zip(case.run(routing=one), case.run(routing=same), strict=True):
+        assert torch.equal(a, b)

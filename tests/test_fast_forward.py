@@ -1,20 +1,18 @@
 import copy
 import inspect
 import io
-import sys
 
 import pytest
 import torch
 import transformers
 from conftest import clustered_embeddings, tiny_base, tiny_model
 
-from slm_fast import fast_forward, get_slm_model, patch_model, unpatch_model
+from slm_fast import dispatch, fast_forward, get_slm_model, patch_model, unpatch_model
 from slm_fast.config import SLMConfig
 from slm_fast.cpu_linear import LayerTail, LinearGroup
-from slm_fast.fast_forward import FastDecoderLayer, FastHead
+from slm_fast.fast_forward import FastDecoderLayer, FastHead, FastPath
 from slm_fast.layers import default_pool
 
-MODULE = sys.modules["slm_fast.fast_forward"]  # the package's attribute is the function
 FAMILIES = ("llama", "mistral", "qwen2")
 
 
@@ -65,7 +63,7 @@ def slow(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(MODULE, "MOST_TOKENS", 0)
+            patch.setattr(FastPath, "runs", lambda *_: False)
             return function()
 
     return run
@@ -173,6 +171,33 @@ def test_half_precision_is_as_near_as_the_ordinary_layers(slow):
         run = lambda: model(**inputs, routing=routing).logits[:, -1].float()  # noqa: E731
         got, ordinary = run(), slow(run)
     assert (got - want).abs().max() <= 2 * (ordinary - want).abs().max() + 1e-2 * want.abs().max()
+
+
+@pytest.mark.skipif(not dispatch.has_tiles(), reason="needs AMX tiles for bf16")
+def test_prefill_on_tiles(calls, slow):
+    """bf16 logits of long prompts are as near to fp32 as the ordinary layers'; rows do not see each other."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    model.pool.factors.to(torch.bfloat16)
+    routing = routing_of(model, 5)
+    routing.weights[2] = 0
+    inputs = left_padded(5, 130)
+    exact = copy.deepcopy(model).float()
+    with torch.no_grad():
+        want = slow(lambda: exact(**inputs, routing=routing).logits)
+        got = model(**inputs, routing=routing).logits
+        assert len(calls) == 5
+        ordinary = slow(lambda: model(**inputs, routing=routing).logits)
+        frozen = model(**inputs, adapter_names=["__base__"] * 5).logits
+        alone = model(**{k: v[3:4] for k, v in inputs.items()}, routing=routing.rows([3])).logits
+    seen = inputs["attention_mask"].bool()
+    error, allowed = ((logits.float() - want)[seen].abs().max() for logits in (got, ordinary))
+    assert error <= 2 * allowed + 1e-2 * want.abs().max()
+    assert torch.equal(got[2], frozen[2]) and not torch.equal(got[1], frozen[1])
+    torch.testing.assert_close(alone[0, 3:], got[3, 3:], rtol=0, atol=float(allowed))
+    model.pool.factors.float()  # fp32 factors are not for tiles
+    with torch.no_grad():
+        model(**inputs, routing=routing)
+    assert len(calls) == 3 * 5
 
 
 def test_hooks_on_inner_modules_run(calls):

@@ -11,6 +11,7 @@ constexpr int64_t kBlock = 128;  // columns of one packed panel and of one axpy 
 constexpr int64_t kReadPiece = 16 * 1024;
 constexpr int64_t kRowsOfBlock = 64;  // rows of a weight that `LinearKernels::rows` multiplies at once
 constexpr int64_t kMostTokens = 64;   // tokens that share one pass over the weights
+constexpr int64_t kDenseRow = 16;     // tokens of a row whose mixture is worth tile products
 constexpr int64_t kRowsOfTile = 16;   // weights are shared out among threads in multiples of this
 
 // The stages of a linear group (linear_group.h). h is what the linears read: after the prologue, rounded to
@@ -31,11 +32,17 @@ struct LinearKernels {
   void (*pack)(const void* h, int64_t num_t, int64_t dim, int64_t begin, int64_t end, void* packed);
   void (*enter)(int64_t num_t);
   void (*leave)();
+  // Columns begin : begin + width of B's rows `rows` (-1: zeros), a multiple of 32 of them, as further columns
+  // of the weights' tiles: [width / 16, rounded up][num_rows / 32][16][32] bf16.
+  void (*augment)(const void* B, int64_t stride, const int64_t* rows, int64_t num_rows, int64_t begin,
+                  int64_t width, void* tiles);
 
   // acc[t * kRowsOfBlock + r] = <w[r], h[t]> for num_r <= kRowsOfBlock rows and num_t <= kMostTokens tokens.
-  // `next` is the memory that the thread will read after these rows.
+  // `next` is the memory that the thread will read after these rows. AMX only: plus the product of num_more
+  // further tiles a row tile, from `augment`, with more_packed, from `pack`.
   void (*rows)(const void* w, int w_dtype, int64_t num_r, const void* h, int h_dtype, const void* packed,
-               int64_t num_t, int64_t dim, const void* next, float* acc);
+               int64_t num_t, int64_t dim, const void* more, const void* more_packed, int64_t num_more,
+               const void* next, float* acc);
 
   // u[m * num_j + j] = coef[m] * <A[j], h[tokens[m]]>
   void (*shrink)(const void* h, int h_dtype, const int32_t* tokens, const float* coef, int64_t num_m,

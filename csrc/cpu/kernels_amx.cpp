@@ -157,8 +157,37 @@ inline void unpack(const float* tile, int64_t g, int64_t size, int64_t num_t, fl
   });
 }
 
+// Row j of B has column j of each tile's row; two of them make the pairs that a tile product multiplies.
+void augment(const void* B, int64_t stride, const int64_t* rows, int64_t num_rows, int64_t begin, int64_t width,
+             void* tiles) {
+  const auto load16 = [&](int64_t row, int64_t at) SLM_INLINE {
+    if (row < 0) return _mm512_setzero_si512();
+    const auto* p = static_cast<const bf16_t*>(B) + row * stride + begin + at;
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(static_cast<int>(min64(16, width - at))), p));
+  };
+  float* out = static_cast<float*>(tiles);
+  for (int64_t at = 0; at < width; at += 16) {
+    for (int64_t k = 0; k < num_rows; k += kTileColumns, out += 16 * 16) {
+      __m512 r[16];
+      repeat<16>([&](auto pair) SLM_INLINE {
+        const __m512i even = load16(rows[k + 2 * pair], at), odd = load16(rows[k + 2 * pair + 1], at);
+        r[pair] = _mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      });
+      transpose(r);
+      repeat<16>([&](auto i) SLM_INLINE { _mm512_storeu_ps(out + i * 16, r[i]); });
+    }
+  }
+}
+
+// The further tiles of a row tile.
+struct More {
+  const float* tiles;
+  const float* packed;
+  int64_t count;
+};
+
 template <int NG>
-void rows_of(const bf16_t* w, int64_t num_r, const float* packed, int64_t num_t, int64_t dim,
+void rows_of(const bf16_t* w, int64_t num_r, const float* packed, int64_t num_t, int64_t dim, More more,
              const bf16_t* next, float* acc) {
   alignas(64) float products[kRowsOfBlock / 16][NG][16 * 16];
   alignas(64) bf16_t staged[16 * kTileColumns];
@@ -187,6 +216,10 @@ void rows_of(const bf16_t* w, int64_t num_r, const float* packed, int64_t num_t,
       SLM_TILE_LOAD(4, staged, 64);
       multiply<NG>(packed + whole * 16 * size, group_stride, row_bytes);
     }
+    for (int64_t k = 0; k < more.count; ++k, more.tiles += 16 * 16) {
+      SLM_TILE_LOAD(4, more.tiles, 64);
+      multiply<NG>(more.packed + k * 16 * size, more.count * 16 * size, row_bytes);
+    }
     if (num_t == 1) {
       SLM_TILE_STORE(0, acc + r, 4);
       continue;
@@ -203,21 +236,24 @@ void rows_of(const bf16_t* w, int64_t num_r, const float* packed, int64_t num_t,
 }
 
 void rows(const void* w, int w_dtype, int64_t num_r, const void* h, int h_dtype, const void* packed,
-          int64_t num_t, int64_t dim, const void* next, float* acc) {
+          int64_t num_t, int64_t dim, const void* more_tiles, const void* more_packed, int64_t num_more,
+          const void* next, float* acc) {
   if (w_dtype != 1)
-    return kernels_avx512_bf16()->linear.rows(w, w_dtype, num_r, h, h_dtype, packed, num_t, dim, next, acc);
+    return kernels_avx512_bf16()->linear.rows(w, w_dtype, num_r, h, h_dtype, packed, num_t, dim, more_tiles,
+                                              more_packed, num_more, next, acc);
+  const More more{static_cast<const float*>(more_tiles), static_cast<const float*>(more_packed), num_more};
   const bf16_t* weights = static_cast<const bf16_t*>(w);
   const bf16_t* after = static_cast<const bf16_t*>(next ? next : w);
   const float* tokens = static_cast<const float*>(packed ? packed : h);
   switch (num_groups(num_t)) {
     case 1:
-      return rows_of<1>(weights, num_r, tokens, num_t, dim, after, acc);
+      return rows_of<1>(weights, num_r, tokens, num_t, dim, more, after, acc);
     case 2:
-      return rows_of<2>(weights, num_r, tokens, num_t, dim, after, acc);
+      return rows_of<2>(weights, num_r, tokens, num_t, dim, more, after, acc);
     case 3:
-      return rows_of<3>(weights, num_r, tokens, num_t, dim, after, acc);
+      return rows_of<3>(weights, num_r, tokens, num_t, dim, more, after, acc);
     default:
-      return rows_of<4>(weights, num_r, tokens, num_t, dim, after, acc);
+      return rows_of<4>(weights, num_r, tokens, num_t, dim, more, after, acc);
   }
 }
 
@@ -228,6 +264,7 @@ Kernels make_table() {
   table.linear.pack = pack;
   table.linear.enter = enter;
   table.linear.leave = leave;
+  table.linear.augment = augment;
   table.linear.rows = rows;
   return table;
 }

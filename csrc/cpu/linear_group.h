@@ -34,8 +34,8 @@ struct GroupCall;
 // Linears that read the same input, with what comes before and after them:
 //     h = x,  norm_weight * rms(x)  or  silu(x) * x2
 //     y_i[t] = W_i h[t] + bias_i + sum_k weights[b, k] * scaling[e] * B_i[e]^T (A_i[e] h[t]) + residual[t]
-// with e = indices[b, k], b = the row of token t. Sums in fp32, rounded once. The weights are read once per
-// kMostTokens tokens. Holds pointers only.
+// with e = indices[b, k], b = the row of token t. Sums in fp32, rounded once. The weights are read once for
+// up to 512 tokens. Holds pointers only.
 class LinearGroup {
  public:
   // norm_weight: [in_features], for rms_norm. x, biases, outputs and residual have the weights' dtype.
@@ -55,6 +55,7 @@ class LinearGroup {
                            int64_t, void*, const StepRouting*, int);
   void check(const std::vector<void*>& out, const void* residual, int64_t num_tokens,
              const StepRouting* routing, const Rotation* rotation) const;
+  static int64_t pass_tokens(int64_t left);
   GroupCall call(const void* x, const void* x2, int64_t first, int64_t num_tokens, std::vector<void*> out,
                  const void* residual, const StepRouting* routing, const Rotation* rotation) const;
 
