@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -143,7 +144,8 @@ def make_prompt(vocab: int, rows: int, length: int) -> torch.Tensor:
 
 
 def verify(got: dict[str, torch.Tensor], mixed: torch.Tensor, frozen: torch.Tensor) -> None:
-    """Raises SystemExit unless logits are as near to fp32 as PEFT's, respectively the frozen model's.
+    """Raises SystemExit unless logits are as near to fp32 as PEFT's, respectively the frozen model's: at most
+    twice their error, in the root mean square over a batch (single logits of a deep bf16 model are chaotic).
 
     got: [rows, vocab] of each contender; `mixed` and `frozen` are fp32's with and without mixtures; `merged`
     and `dense` have row 0 right, `dense` no other.
@@ -152,22 +154,30 @@ def verify(got: dict[str, torch.Tensor], mixed: torch.Tensor, frozen: torch.Tens
     for name, logits in got.items():
         want = frozen if name in ("frozen", "off") else mixed
         rows = 1 if name in ("merged", "dense") else len(logits)
-        errors[name] = float((logits[:rows] - want[:rows]).abs().max() / want.abs().max())
-    allowed = {name: 2 * errors["frozen" if name in ("frozen", "off") else "peft"] + 1e-2 for name in errors}
+        errors[name] = float((logits[:rows] - want[:rows]).norm() / want[:rows].norm())
+    factors = {"merged": 4, "dense": 4}  # W + dW is rounded to bf16, and one row has no mean to hide in
+    allowed = {
+        name: factors.get(name, 2) * errors["frozen" if name in ("frozen", "off") else "peft"] + 1e-2
+        for name in errors
+    }
     if bad := {name: error for name, error in errors.items() if not error <= allowed[name]}:
         raise SystemExit(f"wrong logits, nothing is timed: {bad}, allowed {allowed}")
 
 
 def interleaved(contenders: dict[str, Callable], rounds: int, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of each call; the contenders take turns. `warm`: right after a call of the same that is not
-    timed, for calls shorter than what the contender before leaves in the caches."""
+    """Seconds of each call; the contenders take turns, in ever another order.
+
+    warm: right after a call of the same that is not timed, for calls shorter than what the contender before
+    leaves in the caches.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in contenders.items():
+        for name in order.sample(list(contenders), len(contenders)):
             if warm:
-                call()
+                contenders[name]()
             begin = time.perf_counter()
-            call()
+            contenders[name]()
             samples[name].append(time.perf_counter() - begin)
     return samples
 

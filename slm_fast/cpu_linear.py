@@ -1,7 +1,7 @@
 """Linears that read the same input in one call of the CPU extension, with all that comes before and after.
 
-Made for decoding, 1 to 64 tokens a step, where reading the weights is the cost, and in bf16 on AMX tiles for any
-number of tokens. Inference only.
+Made for decoding, 1 to 64 tokens a step, where reading the weights is the cost, and in bf16 on AMX tiles for
+any number of tokens. Inference only.
 """
 
 from collections.abc import Sequence

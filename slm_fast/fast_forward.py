@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slm_fast import dispatch
 from slm_fast.cpu_linear import LayerTail, LinearGroup, Rotation
+from slm_fast.huge_pages import to_huge_pages
 from slm_fast.layers import MixtureLinear, RoutingState, replace_linears, restore_linears
 from slm_fast.pool import KnowledgePool
 from slm_fast.router import SOURCES, Router, num_rows
@@ -42,8 +43,9 @@ def patch_model(
 
     Without such an argument the rows get what `use(routing)` of the returned state says, by default nothing:
     the frozen model. `encoder` embeds `texts=`, see `get_slm_model`; by default the one that the pool's
-    config names. All parameters are frozen. Raises ValueError when `base` is patched already or lacks a
-    linear of the pool's shape; nothing is changed then.
+    config names. All parameters are frozen. On the CPU those of decoder layers and head move to huge pages
+    (`SLM_FAST_HUGE_PAGES=0` leaves them where they are). Raises ValueError when `base` is patched already or
+    lacks a linear of the pool's shape; nothing is changed then.
     """
     state = RoutingState() if state is None else state
     replace_linears(base, pool, state)
@@ -55,6 +57,8 @@ def patch_model(
     if type(head) is nn.Linear and any(isinstance(module, FastDecoderLayer) for module in base.modules()):
         head.__class__ = _fast_class(FastHead, nn.Linear)
         head.fast = FastPath(pool, state)
+    fast = [module for module in base.modules() if isinstance(module, FastDecoderLayer | FastHead)]
+    to_huge_pages([parameter for module in fast for parameter in module.parameters()])
     base.__class__ = _fast_class(FastModel, type(base))
     base.mixtures = state, Router(pool, encoder)
     return state
@@ -211,9 +215,14 @@ class FastPath:
 
     def step(self, rows: int, num_tokens: int) -> object | None:
         """The running routing for a batch of `rows`; raises ValueError where it has others."""
-        if self.state.routing is not None:
-            self.state.cu_seqlens(rows, num_tokens)
-        return self.state.step(self.pool, num_tokens)
+        state = self.state
+        if state.routing is None:
+            return None
+        key, known = (rows, num_tokens, self.pool.version), state.made.get("fast")
+        if known is None or known[0] != key:
+            state.cu_seqlens(rows, num_tokens)
+            known = state.made["fast"] = key, state.step(self.pool, num_tokens)
+        return known[1]
 
 
 def hooked(modules: tuple[nn.Module, ...]) -> bool:

@@ -36,7 +36,7 @@ class RoutingState:
         self.resident: ResidentPool | None = None
         self.lease: Lease | None = None
         self.rotation = None  # of the running step, see `fast_forward.FastPath`
-        self._made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
+        self.made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
         self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 
     def use(self, routing: Routing | None, packing: Packing | None = None) -> "RoutingScope":
@@ -80,9 +80,9 @@ class RoutingState:
 
     def _once(self, kind: str, made_of: tuple, make) -> object:
         key = (id(self.routing), *made_of)
-        if kind not in self._made or self._made[kind][0] != key:
-            self._made[kind] = (key, make())
-        return self._made[kind][1]
+        if kind not in self.made or self.made[kind][0] != key:
+            self.made[kind] = (key, make())
+        return self.made[kind][1]
 
 
 class RoutingScope:
@@ -97,11 +97,11 @@ class RoutingScope:
         if state.resident is not None and self.routing is not None:
             lease = state.resident.acquire(self.routing)
         self.previous.append((state.routing, state.lease, state.packing))
-        state.routing, state.lease, state.packing, state._made = self.routing, lease, self.packing, {}
+        state.routing, state.lease, state.packing, state.made = self.routing, lease, self.packing, {}
 
     def __exit__(self, *exception) -> None:
         state, lease = self.state, self.state.lease
-        (state.routing, state.lease, state.packing), state._made = self.previous.pop(), {}
+        (state.routing, state.lease, state.packing), state.made = self.previous.pop(), {}
         if lease is not None:
             lease.release()
 
