@@ -42,9 +42,9 @@ class Decoder:
         return self.forward(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
-def measure(name: str, base: torch.nn.Module, kind: str, rows: int, rounds: int, bandwidth: float) -> dict:
+def measure(base: torch.nn.Module, kind: str, entries: int, rows: int, rounds: int, bandwidth: float) -> dict:
     vocab = base.config.vocab_size
-    model, routing, forwards = common.make_contenders(base, TARGETS[kind], ENTRIES[name], rows)
+    model, routing, forwards = common.make_contenders(base, TARGETS[kind], entries, rows)
     decoders = {
         key: Decoder(forward, 1 if key == "dense" else rows, vocab) for key, forward in forwards.items()
     }
@@ -55,7 +55,7 @@ def measure(name: str, base: torch.nn.Module, kind: str, rows: int, rounds: int,
     features = sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
     added_bytes = common.distinct_entries(routing) * RANK * features * 2
     floor = 1e5 * added_bytes / bandwidth / record["milliseconds"]["off"]
-    return {"model": name, "targets": kind, "rows": rows, **record, "floor_percent": floor}
+    return {"targets": kind, "entries": entries, "rows": rows, **record, "floor_percent": floor}
 
 
 def print_record(record: dict) -> None:
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=ENTRIES, default=list(ENTRIES))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--entries", type=int, help="of the pool: default 64 for smol, 12 for 7b")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="smol alone, few rounds, within a minute")
     parser.add_argument("--json", type=Path, help="write the result there")
@@ -92,7 +93,9 @@ def main() -> None:
         base = common.make_base(name)
         for kind in args.targets:
             for rows in args.rows:
-                results.append(measure(name, base, kind, rows, args.rounds, bandwidth))
+                entries = args.entries or ENTRIES[name]
+                found = measure(base, kind, entries, rows, args.rounds, bandwidth)
+                results.append({"model": name, **found})
                 print_record(results[-1])
     common.report({"machine": common.machine(), "bytes_per_second": bandwidth, "results": results}, args.json)
 
