@@ -138,6 +138,40 @@ def test_generation_gives_the_same_tokens(family, options, calls, slow):
     assert got.shape != base.shape or not torch.equal(got, base)  # the mixtures matter
 
 
+def test_streaming_and_log_probabilities(calls, slow):
+    model = family_model("llama")
+    inputs, routing = left_padded(), routing_of(model)
+    row = {name: value[1:2] for name, value in inputs.items()}
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    out = model.generate(
+        **row, routing=routing.rows([1]), max_new_tokens=6, do_sample=False, streamer=streamer
+    )
+    assert streamer.ended and streamer.tokens == out.flatten().tolist()
+
+    def scored():
+        settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+        found = model.generate(**inputs, routing=routing, output_scores=True, output_logits=True, **settings)
+        return model.base_model.compute_transition_scores(
+            found.sequences, found.scores, normalize_logits=True
+        ), torch.stack(found.logits)
+
+    got, want = scored(), slow(scored)
+    assert calls and got[0].shape == (3, 6) and bool((got[0] < 0).all())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_rows_without_weights_are_the_model_without_a_pool(dtype, calls):
     model = tiny_model("llama", dtype=dtype)
