@@ -67,7 +67,7 @@ def patch_model(
 def unpatch_model(base: nn.Module) -> nn.Module:
     """Put the original linears and layers back, in place, and make trainable again what was so before."""
     for module in base.modules():
-        if isinstance(module, FastModel | FastDecoderLayer | FastHead):
+        if isinstance(module, Swapped):
             module.__class__ = type(module).original
             for name in ("fast", "mixtures"):
                 module.__dict__.pop(name, None)
@@ -123,7 +123,8 @@ def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
 @functools.cache
 def _fast_class(mixin: type, original: type) -> type:
     """`original` with the mixin's forward. It keeps its name, by which transformers finds things."""
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "original": original}
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    names |= {"mixin": mixin, "original": original}
     if mixin is FastModel:
         names["forward"] = _routed_forward(original)
     return type(original.__name__, (mixin, original), names)
@@ -132,6 +133,16 @@ def _fast_class(mixin: type, original: type) -> type:
 def _rebuilt(mixin: type, original: type) -> nn.Module:
     cls = _fast_class(mixin, original)
     return cls.__new__(cls)
+
+
+class Swapped:
+    """What `_fast_class` puts in front of a module's own class, its `original`."""
+
+    mixin: type
+    original: type
+
+    def __reduce_ex__(self, protocol):
+        return _rebuilt, (self.mixin, self.original), self.__dict__
 
 
 def _routed_forward(original: type):
@@ -149,14 +160,10 @@ def _routed_forward(original: type):
     return forward
 
 
-class FastModel:
+class FastModel(Swapped):
     """A patched model; its `forward` is made by `_routed_forward`."""
 
-    original: type
     mixtures: tuple[RoutingState, Router]
-
-    def __reduce_ex__(self, protocol):
-        return _rebuilt, (FastModel, self.original), self.__dict__
 
     def routed(self, args: tuple, kwargs: dict):
         """The scope of a call, whose routing arguments are taken out of `kwargs`."""
@@ -213,17 +220,6 @@ class FastPath:
             known = self.state.rotation = Rotation(cos, sin)
         return known
 
-    def step(self, rows: int, num_tokens: int) -> object | None:
-        """The running routing for a batch of `rows`; raises ValueError where it has others."""
-        state = self.state
-        if state.routing is None:
-            return None
-        key, known = (rows, num_tokens, self.pool.version), state.made.get("fast")
-        if known is None or known[0] != key:
-            state.cu_seqlens(rows, num_tokens)
-            known = state.made["fast"] = key, state.step(self.pool, num_tokens)
-        return known[1]
-
 
 def hooked(modules: tuple[nn.Module, ...]) -> bool:
     """Whether somebody listens to one of the modules. What transformers leaves on attentions to record their
@@ -236,14 +232,10 @@ def hooked(modules: tuple[nn.Module, ...]) -> bool:
     return False
 
 
-class FastDecoderLayer:
+class FastDecoderLayer(Swapped):
     """A decoder layer that decodes as the module's docstring says."""
 
-    original: type
     fast: FastPath
-
-    def __reduce_ex__(self, protocol):
-        return _rebuilt, (FastDecoderLayer, self.original), self.__dict__
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if torch.compiler.is_compiling() or args or not self._runs(hidden_states, kwargs):
@@ -251,7 +243,7 @@ class FastDecoderLayer:
         shape, attention = hidden_states.shape, self.self_attn
         qkv, tail = self.fast.groups
         x = hidden_states.reshape(-1, shape[-1]).contiguous()
-        step = self.fast.step(shape[0], x.shape[0])
+        step = self.fast.state.step(self.fast.pool, shape[0], x.shape[0])
         parts = qkv(x, routing=step, rotation=self.fast.rotation(*kwargs["position_embeddings"]))
         heads = (*shape[:2], -1, attention.head_dim)
         q, k, v = (part.view(heads).transpose(1, 2) for part in parts)
@@ -305,14 +297,10 @@ class FastDecoderLayer:
         self.fast.groups = qkv, tail
 
 
-class FastHead:
+class FastHead(Swapped):
     """The output embedding, without a mixture."""
 
-    original: type
     fast: FastPath
-
-    def __reduce_ex__(self, protocol):
-        return _rebuilt, (FastHead, self.original), self.__dict__
 
     def forward(self, x: Tensor) -> Tensor:
         if (

@@ -36,7 +36,7 @@ class RoutingState:
         self.resident: ResidentPool | None = None
         self.lease: Lease | None = None
         self.rotation = None  # of the running step, see `fast_forward.FastPath`
-        self.made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
+        self._made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
         self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 
     def use(self, routing: Routing | None, packing: Packing | None = None) -> "RoutingScope":
@@ -64,25 +64,26 @@ class RoutingState:
         routing = self.routing if self.lease is None else self.lease.routing
         return self._once("dense", (num_entries,), lambda: routing.dense(num_entries))
 
-    def step(self, pool: KnowledgePool, num_tokens: int) -> object | None:
-        """The running batch's routing as `cpu_linear.LinearGroup` takes it, made once for all layers."""
+    def step(self, pool: KnowledgePool, rows: int, num_tokens: int) -> object | None:
+        """The running batch's routing as `cpu_linear.LinearGroup` takes it, made once for all layers.
+
+        Raises ValueError on another batch than the routing was made for.
+        """
         if self.routing is None:
             return None
-        entries, picks = (pool.start, pool.rank, pool.scaling), (self.routing.indices, self.routing.weights)
-        cu_seqlens = None if self.packing is None else self.packing.cu_seqlens
-        return self._once(
-            "step",
-            (pool.version, num_tokens, *map(id, entries)),
-            lambda: step_routing(
-                *entries, pool.row_entry.shape[0], *picks, cu_seqlens, num_tokens=num_tokens
-            ),
-        )
+
+        def make():
+            entries, picks = (pool.start, pool.rank, pool.scaling), self.routing[:2]
+            cu_seqlens = self.cu_seqlens(rows, num_tokens)
+            return step_routing(*entries, pool.row_entry.shape[0], *picks, cu_seqlens, num_tokens=num_tokens)
+
+        return self._once("step", (pool.version, rows, num_tokens), make)
 
     def _once(self, kind: str, made_of: tuple, make) -> object:
         key = (id(self.routing), *made_of)
-        if kind not in self.made or self.made[kind][0] != key:
-            self.made[kind] = (key, make())
-        return self.made[kind][1]
+        if kind not in self._made or self._made[kind][0] != key:
+            self._made[kind] = (key, make())
+        return self._made[kind][1]
 
 
 class RoutingScope:
@@ -97,11 +98,11 @@ class RoutingScope:
         if state.resident is not None and self.routing is not None:
             lease = state.resident.acquire(self.routing)
         self.previous.append((state.routing, state.lease, state.packing))
-        state.routing, state.lease, state.packing, state.made = self.routing, lease, self.packing, {}
+        state.routing, state.lease, state.packing, state._made = self.routing, lease, self.packing, {}
 
     def __exit__(self, *exception) -> None:
         state, lease = self.state, self.state.lease
-        (state.routing, state.lease, state.packing), state.made = self.previous.pop(), {}
+        (state.routing, state.lease, state.packing), state._made = self.previous.pop(), {}
         if lease is not None:
             lease.release()
 

@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from slm_fast import unpatch_model  # noqa: E402
 from slm_fast.fast_forward import FastPath  # noqa: E402
-from slm_fast.layers import MixtureLinear, Packing  # noqa: E402
+from slm_fast.layers import MixtureLinear, Packing, RoutingState  # noqa: E402
 
 PAGE = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
 
@@ -104,13 +104,13 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(family, managers):
 
 @pytest.mark.skipif(PAGE != "page_size", reason="older releases name another attention function")
 def test_decoding_steps_take_the_fast_path(model, monkeypatch):
-    steps, step = [], FastPath.step
+    steps, step = [], RoutingState.step
 
-    def record(self, rows, num_tokens):
+    def record(self, pool, rows, num_tokens):
         steps.append(num_tokens)
-        return step(self, rows, num_tokens)
+        return step(self, pool, rows, num_tokens)
 
-    monkeypatch.setattr(FastPath, "step", record)
+    monkeypatch.setattr(RoutingState, "step", record)
     model.generate_batch(prompts(4, 7, 3), adapter_names=["task0", "__base__", "task1"], max_new_tokens=3)
     assert 14 in steps and steps.count(3) == 2 * 2  # two steps, two layers
 

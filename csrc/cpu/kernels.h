@@ -32,8 +32,8 @@ struct LinearKernels {
   void (*pack)(const void* h, int64_t num_t, int64_t dim, int64_t begin, int64_t end, void* packed);
   void (*enter)(int64_t num_t);
   void (*leave)();
-  // Columns begin : begin + width of B's rows `rows` (-1: zeros), a multiple of 32 of them, as further columns
-  // of the weights' tiles: [width / 16, rounded up][num_rows / 32][16][32] bf16.
+  // Columns begin : begin + width of B's rows `rows` (-1: zeros), a multiple of 32 of them, as further
+  // columns of the weights' tiles: [width / 16, rounded up][num_rows / 32][16][32] bf16.
   void (*augment)(const void* B, int64_t stride, const int64_t* rows, int64_t num_rows, int64_t begin,
                   int64_t width, void* tiles);
 

@@ -158,8 +158,8 @@ inline void unpack(const float* tile, int64_t g, int64_t size, int64_t num_t, fl
 }
 
 // Row j of B has column j of each tile's row; two of them make the pairs that a tile product multiplies.
-void augment(const void* B, int64_t stride, const int64_t* rows, int64_t num_rows, int64_t begin, int64_t width,
-             void* tiles) {
+void augment(const void* B, int64_t stride, const int64_t* rows, int64_t num_rows, int64_t begin,
+             int64_t width, void* tiles) {
   const auto load16 = [&](int64_t row, int64_t at) SLM_INLINE {
     if (row < 0) return _mm512_setzero_si512();
     const auto* p = static_cast<const bf16_t*>(B) + row * stride + begin + at;

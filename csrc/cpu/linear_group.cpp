@@ -1,8 +1,8 @@
 // One parallel region a call, in stages that barriers divide: (1) the prologue, shared out by tokens; (2)
-// tokens packed for AMX, and the rank-space vectors u = coef A h, shared out by entries; (3) each thread's own
-// contiguous rows of the weights, read once for all tokens, with the mixture, bias and residual added to the
-// fp32 sums; (4) the rotation. Bytes: the weights, and the factors of each entry that any token picked, once
-// for every kMostBlocks * kMostTokens tokens.
+// tokens packed for AMX, and the rank-space vectors u = coef A h, shared out by entries; (3) each thread's
+// own contiguous rows of the weights, read once for all tokens, with the mixture, bias and residual added to
+// the fp32 sums; (4) the rotation. Bytes: the weights, and the factors of each entry that any token picked,
+// once for every kMostBlocks * kMostTokens tokens.
 //
 // The mixture comes in two ways. Sparse, for rows of few tokens: each entry by itself for the tokens that
 // picked it, in a buffer that is added at the end. Dense, for long rows where there are tiles: u is a matrix
@@ -113,13 +113,14 @@ struct GroupCall {
   const float* full = nullptr;  // h in fp32, if somebody reads it
   const std::vector<Block>* blocks = nullptr;
   const std::vector<ShrinkPart>* parts = nullptr;
+  bool packs = false, shrinks_dense = false;  // whether any block, any part does
 
   bool mixes(const Linear& linear) const { return routing && linear.A; }
   // Factors of another dtype than h's are multiplied in fp32.
   bool shrinks_in_bf16(const Linear& linear) const {
     return h_dtype == DType::bf16 && linear.factor_dtype == DType::bf16;
   }
-  bool has_dense(const Linear& linear) const { return uses_tiles && linear.A && shrinks_in_bf16(linear); }
+  bool has_dense(const Linear& linear) const { return uses_tiles && shrinks_in_bf16(linear); }
   int64_t num_linears() const { return static_cast<int64_t>(group.linears_.size()); }
   const void* h_of(const Block& block) const { return at(h, block.first * group.in_features_, h_dtype); }
   float* u_of(const Block& block, int64_t linear) const { return block.u + linear * block.routing->u_size; }
@@ -185,6 +186,7 @@ void GroupCall::plan_blocks(Workspace& space) {
   for (Block& block : space.blocks) {
     const int64_t bytes = packed_at ? ops.packed_bytes(block.num_tokens, group.in_features_) : 0;
     block.packed = bytes ? packed_at : nullptr;
+    packs = packs || block.packed;
     packed_at += bytes;
     if (!block.routing) continue;
     block.u = u_at;
@@ -202,6 +204,7 @@ void GroupCall::plan_shrink(const Block& block, std::vector<ShrinkPart>& list) {
     if (!mixes(group.linears_[i])) continue;
     for (const PickedEntry& entry : block.routing->entries) {
       const bool dense = entry.column >= 0 && has_dense(group.linears_[i]);
+      shrinks_dense = shrinks_dense || dense;
       for (int64_t j = 0; j < entry.rank; j += dense ? entry.rank : kShrinkRanks)
         list.push_back({&block, &entry, i, j, dense});
     }
@@ -245,7 +248,8 @@ void GroupCall::shrink(int thread, int threads) {
       continue;
     }
     const ShrinkPart* after = i + 1 < end ? &part + 1 : nullptr;
-    const bool follows = after && group.linears_[after->linear].factor_dtype == group.linears_[part.linear].factor_dtype;
+    const bool follows =
+        after && group.linears_[after->linear].factor_dtype == group.linears_[part.linear].factor_dtype;
     shrink_sparse(part, follows ? rows_of(*after) : nullptr);
   }
 }
@@ -272,7 +276,8 @@ void GroupCall::shrink_dense(const ShrinkPart& part) {
   for (int64_t j = 0; j < entry.rank; j += kRowsOfBlock) {
     const int64_t num_j = std::min(kRowsOfBlock, entry.rank - j);
     const char* const from = rows_of(part) + j * dim * size_of(DType::bf16);
-    ops.rows(from, 1, num_j, h_of(block), 1, block.packed, block.num_tokens, dim, nullptr, nullptr, 0, from, acc);
+    ops.rows(from, 1, num_j, h_of(block), 1, block.packed, block.num_tokens, dim, nullptr, nullptr, 0, from,
+             acc);
     for (int64_t m = entry.begin; m < entry.end; ++m) {
       const int64_t token = block.routing->tokens[m];
       for (int64_t i = 0; i < num_j; ++i)
@@ -306,14 +311,18 @@ void GroupCall::output_panel(const Block& block, int64_t index, int64_t begin, i
   const Linear& linear = group.linears_[index];
   const DType dtype = group.dtype_;
   const int64_t dim = group.in_features_, out_features = linear.out_features, count = block.num_tokens;
-  const bool mixed = block.routing && linear.A, dense = mixed && has_dense(linear) && block.routing->num_dense;
+  const bool mixed = block.routing && linear.A,
+             dense = mixed && has_dense(linear) && block.routing->num_dense;
   const int64_t first_sparse = dense ? block.routing->num_dense : 0;
   const bool sparse = mixed && first_sparse < static_cast<int64_t>(block.routing->entries.size());
   const int64_t mix_stride = (end - begin + kRowsOfBlock - 1) / kRowsOfBlock * kRowsOfBlock;
   float* const mix = sparse ? memory.mix.at_least<float>(count * mix_stride) : nullptr;
   if (mix) expand(block, index, first_sparse, begin, end - begin, mix_stride, mix);
-  const uint8_t* const adds = !sparse ? nullptr : dense ? block.routing->sparse.data() : block.routing->mixed.data();
-  const int64_t columns = dense ? static_cast<int64_t>(block.routing->columns.size()) : 0, num_more = columns / 32;
+  const uint8_t* const adds = !sparse ? nullptr
+                              : dense ? block.routing->sparse.data()
+                                      : block.routing->mixed.data();
+  const int64_t columns = dense ? static_cast<int64_t>(block.routing->columns.size()) : 0,
+                num_more = columns / 32;
   uint16_t* const more = memory.more.at_least<uint16_t>(kRowsOfBlock * columns);
   char* const more_packed = memory.more_packed.at_least<char>((kMostTokens + 16) * 2 * columns);
   if (dense) ops.pack(dense_of(block, index), count, columns, 0, num_more, more_packed);
@@ -325,8 +334,9 @@ void GroupCall::output_panel(const Block& block, int64_t index, int64_t begin, i
              static_cast<int>(h_dtype), block.packed, count, dim, more, more_packed, num_more,
              r + num_r < end ? at(linear.weight, (r + num_r) * dim, dtype) : next, acc);
     ops.finish(acc, count, num_r, linear.bias ? at(linear.bias, r, dtype) : nullptr, adds,
-               mix ? mix + (r - begin) : nullptr, mix_stride, residual ? at(residual, offset, dtype) : nullptr,
-               static_cast<int>(dtype), out_features, at(out[index], offset, dtype));
+               mix ? mix + (r - begin) : nullptr, mix_stride,
+               residual ? at(residual, offset, dtype) : nullptr, static_cast<int>(dtype), out_features,
+               at(out[index], offset, dtype));
   }
 }
 
@@ -351,8 +361,8 @@ void GroupCall::outputs(int thread, int threads) {
         const void* next = &block != &blocks->back() ? at(linear.weight, p * group.in_features_, group.dtype_)
                            : panel_end < end ? at(linear.weight, panel_end * group.in_features_, group.dtype_)
                                              : after;
-        const bool same = before && before->routing && block.routing &&
-                          before->routing->columns == block.routing->columns;
+        const bool same =
+            before && before->routing && block.routing && before->routing->columns == block.routing->columns;
         output_panel(block, i, p, panel_end, next, same, memory);
         before = &block;
       }
@@ -378,9 +388,6 @@ void GroupCall::work(int thread, int threads, Barrier& barrier, int64_t& round) 
     prologue(thread, threads);
     barrier.wait(threads, round);
   }
-  bool packs = false, shrinks_dense = false;
-  for (const Block& block : *blocks) packs = packs || block.packed;
-  for (const ShrinkPart& part : *parts) shrinks_dense = shrinks_dense || part.dense;
   if (packs) pack(thread, threads);
   if (packs && shrinks_dense) barrier.wait(threads, round);
   if (uses_tiles) ops.enter(std::min(num_tokens, kMostTokens));
@@ -444,11 +451,12 @@ void LinearGroup::forward(const void* x, const void* x2, int64_t num_tokens, con
   for (int64_t first = 0, count; first < num_tokens; first += count) {
     count = pass_tokens(num_tokens - first);
     std::vector<void*> to;
-    for (size_t i = 0; i < out.size(); ++i) to.push_back(at(out[i], first * linears_[i].out_features, dtype_));
-    GroupCall one = call(at(x, first * in_features_, dtype_), x2 ? at(x2, first * in_features_, dtype_) : nullptr,
-                         first, count, std::move(to),
-                         residual ? at(residual, first * linears_[0].out_features, dtype_) : nullptr, routing,
-                         rotation);
+    for (size_t i = 0; i < out.size(); ++i)
+      to.push_back(at(out[i], first * linears_[i].out_features, dtype_));
+    GroupCall one =
+        call(at(x, first * in_features_, dtype_), x2 ? at(x2, first * in_features_, dtype_) : nullptr, first,
+             count, std::move(to),
+             residual ? at(residual, first * linears_[0].out_features, dtype_) : nullptr, routing, rotation);
     one.plan(space);
     Barrier barrier;
     parallel_region(threads, [&](int thread, int of) {
@@ -486,10 +494,11 @@ void forward_tail(const LinearGroup& out, const LinearGroup& gate_up, const Line
   down.check({y}, x, num_tokens, routing, nullptr);
   for (int64_t first = 0, count; first < num_tokens; first += count) {
     count = LinearGroup::pass_tokens(num_tokens - first);
-    GroupCall calls[] = {out.call(at(attended, first * out.in_features_, dtype), nullptr, first, count, {x},
-                                  at(residual, first * hidden, dtype), routing, nullptr),
-                         gate_up.call(x, nullptr, first, count, {gate, up}, nullptr, routing, nullptr),
-                         down.call(gate, up, first, count, {at(y, first * hidden, dtype)}, x, routing, nullptr)};
+    GroupCall calls[] = {
+        out.call(at(attended, first * out.in_features_, dtype), nullptr, first, count, {x},
+                 at(residual, first * hidden, dtype), routing, nullptr),
+        gate_up.call(x, nullptr, first, count, {gate, up}, nullptr, routing, nullptr),
+        down.call(gate, up, first, count, {at(y, first * hidden, dtype)}, x, routing, nullptr)};
     for (int i = 0; i < 3; ++i) calls[i].plan(spaces[i]);
     Barrier barrier;
     parallel_region(num_threads, [&](int thread, int of) {

@@ -51,8 +51,8 @@ class LinearGroup {
 
  private:
   friend struct GroupCall;
-  friend void forward_tail(const LinearGroup&, const LinearGroup&, const LinearGroup&, const void*, const void*,
-                           int64_t, void*, const StepRouting*, int);
+  friend void forward_tail(const LinearGroup&, const LinearGroup&, const LinearGroup&, const void*,
+                           const void*, int64_t, void*, const StepRouting*, int);
   void check(const std::vector<void*>& out, const void* residual, int64_t num_tokens,
              const StepRouting* routing, const Rotation* rotation) const;
   static int64_t pass_tokens(int64_t left);

@@ -21,11 +21,11 @@ struct PickedEntry {
 // tile products of a token's columns add up alike wherever they are.
 struct BlockRouting {
   std::vector<PickedEntry> entries;
-  std::vector<int32_t> tokens;  // of each member, from the block's first
-  std::vector<float> coef;      // weight * scaling
-  std::vector<uint8_t> adds;    // 0 for the first pick of a token
-  std::vector<uint8_t> mixed;   // [tokens of the block] whether it has any pick
-  std::vector<uint8_t> sparse;  // [tokens of the block] whether it has picks without columns
+  std::vector<int32_t> tokens;   // of each member, from the block's first
+  std::vector<float> coef;       // weight * scaling
+  std::vector<uint8_t> adds;     // 0 for the first pick of a token
+  std::vector<uint8_t> mixed;    // [tokens of the block] whether it has any pick
+  std::vector<uint8_t> sparse;   // [tokens of the block] whether it has picks without columns
   std::vector<int64_t> columns;  // slab row of each dense column, or -1; a multiple of 32 of them
   int64_t num_dense = 0;         // entries with columns
   int64_t u_size = 0;
