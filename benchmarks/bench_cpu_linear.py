@@ -8,15 +8,11 @@ no norms, activations and residuals; slm_fast does.
 """
 
 import argparse
-import json
-import os
-import platform
-import random
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
+from cpu_timing import interleaved, machine, report
 
 from slm_fast import dispatch
 from slm_fast.cpu_linear import LinearGroup, step_routing
@@ -161,26 +157,13 @@ def reference(dtype, settings, x, x2, residual, weight, pair, indices, weights):
     return y if residual is None else y + residual.to(dtype)
 
 
-def interleaved(contenders, repeats):
-    """Median seconds of each contender, taking turns in ever another order so that noise hits all alike."""
-    names = list(contenders)
-    samples = {name: [] for name in names}
-    for i in range(repeats + 1):
-        for name in random.sample(names, len(names)):
-            begin = time.perf_counter()
-            contenders[name]()
-            if i:
-                samples[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(s) for name, s in samples.items()}
-
-
 def bench(model, tokens, repeats, threads):
     model.verify(tokens)
     x = torch.randn(tokens, model.hidden).to(model.dtype)
     wide = torch.randn(tokens, model.intermediate).to(model.dtype)
     out = model.buffers(tokens)
     few, distinct = model.route(tokens, FEW_ENTRIES), model.route(tokens, tokens * TOP_K)
-    medians = interleaved(
+    samples = interleaved(
         {
             "read": lambda: dispatch._C.read_memory(model.regions, threads),
             "torch": lambda: model.torch_step(x, wide),
@@ -191,6 +174,7 @@ def bench(model, tokens, repeats, threads):
         },
         repeats,
     )
+    medians = {name: statistics.median(seconds) for name, seconds in samples.items()}
     floors = {
         "o_few": few[3] * model.entry_bytes["o_only"],
         "full_few": few[3] * model.entry_bytes["full"],
@@ -222,7 +206,6 @@ def main():
     if dispatch.available()["cpu"] is not None:
         raise SystemExit(dispatch.available()["cpu"])
     torch.manual_seed(0)
-    random.seed(0)
     dtype, threads = getattr(torch, args.dtype), torch.get_num_threads()
     tokens = args.tokens or ([1, 8] if args.quick else [1, 2, 4, 8, 16, 32, 64])
     records = []
@@ -238,9 +221,7 @@ def main():
         records += [bench(model, t, repeats, threads) for t in tokens]
         read = statistics.median(r["bytes"] / r["seconds"]["read"] for r in records if r["model"] == name)
         print(f"read: {read / 1e9:.1f} GB/s")
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    machine |= {"torch": torch.__version__, "threads": threads} | dispatch.cpu_info()
-    print(json.dumps({"machine": machine, "dtype": args.dtype, "results": records}))
+    report({"machine": machine(), "dtype": args.dtype, "results": records}, None)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from pathlib import Path
 import contenders as common
 import torch
 from contenders import ENTRIES, RANK, TARGETS
+from cpu_timing import interleaved, machine, read_bandwidth, report
 from transformers import DynamicCache
 
 PROMPT = 16
-SHOWN = ("frozen", "off", "on", "peft", "merged")
 
 
 class Decoder:
@@ -51,22 +51,11 @@ def measure(base: torch.nn.Module, kind: str, entries: int, rows: int, rounds: i
     got = {key: decoder.read_prompt() for key, decoder in decoders.items()}
     exact = [Decoder(common.exact_forward(model, r), rows, vocab).read_prompt() for r in (routing, None)]
     common.verify(got, *exact)
-    record = common.summary(common.interleaved(decoders, rounds), rows)
+    record = common.summary(interleaved(decoders, rounds), rows)
     features = sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
     added_bytes = common.distinct_entries(routing) * RANK * features * 2
     floor = 1e5 * added_bytes / bandwidth / record["milliseconds"]["off"]
     return {"targets": kind, "entries": entries, "rows": rows, **record, "floor_percent": floor}
-
-
-def print_record(record: dict) -> None:
-    ms, spread = record["milliseconds"], record["quartiles"]
-    times = "".join(f"{ms[key]:8.2f} +-{spread[key]:4.1f}" for key in SHOWN)
-    print(
-        f"{record['model']:5}{record['targets']:7}{record['rows']:5}{times}{ms['dense']:9.1f}"
-        f"{record['added_percent']:+8.1f}%{record['floor_percent']:7.1f}%"
-        f"{ms['frozen'] / ms['on']:8.2f}x{ms['peft'] / ms['on']:7.1f}x{ms['dense'] / ms['on']:8.1f}x",
-        flush=True,
-    )
 
 
 def main() -> None:
@@ -81,13 +70,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.model, args.rows, args.targets, args.rounds = ["smol"], [1, 8], ["all"], 5
-    bandwidth = common.read_bandwidth()
+    bandwidth = read_bandwidth()
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads; ms per step")
-    print(
-        f"{'':12}{'rows':>5}"
-        + "".join(f"{key:>15}" for key in SHOWN)
-        + f"{'dense':>9}{'added':>9}{'floor':>8}{'frozen/on':>9}{'peft/on':>8}{'dense/on':>9}"
-    )
+    common.print_header(f"{'rows':>5}", "floor")
     results = []
     for name in args.model:
         base = common.make_base(name)
@@ -96,8 +81,8 @@ def main() -> None:
                 entries = args.entries or ENTRIES[name]
                 found = measure(base, kind, entries, rows, args.rounds, bandwidth)
                 results.append({"model": name, **found})
-                print_record(results[-1])
-    common.report({"machine": common.machine(), "bytes_per_second": bandwidth, "results": results}, args.json)
+                common.print_record(results[-1], f"{rows:5}", results[-1]["floor_percent"], 2)
+    report({"machine": machine(), "bytes_per_second": bandwidth, "results": results}, args.json)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import contenders as common
 import torch
 from bench_decode import Decoder
 from contenders import ENTRIES, TARGETS
+from cpu_timing import machine, report
 
 CONTENDERS = ("frozen", "off", "on", "peft", "dense")
 
@@ -156,7 +157,7 @@ def main() -> None:
         for kind in args.targets:
             results.append(measure(model, kind, args.rows, args.rounds, args.repeats))
             print_record(results[-1])
-    common.report({"machine": common.machine(), "results": results}, args.json)
+    report({"machine": machine(), "results": results}, args.json)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from pathlib import Path
 import contenders as common
 import torch
 from contenders import ENTRIES, RANK, TARGETS, TOP_K
+from cpu_timing import interleaved, machine, report
 from torch import nn
-
-SHOWN = ("frozen", "off", "on", "peft", "merged")
 
 
 def operations_share(base: nn.Module, model, tokens: int) -> float:
@@ -48,21 +47,9 @@ def measure(name: str, base: nn.Module, kind: str, rows: int, tokens: int, round
     for r in (routing, None):
         exact.append(call("exact", common.exact_forward(model, r), prompt)())
     common.verify({key: run().float() for key, run in calls.items()}, *exact)
-    record = common.summary(common.interleaved(calls, rounds, warm=False), rows)
+    record = common.summary(interleaved(calls, rounds, warm=False), rows)
     share = 100 * operations_share(base, model, tokens)
     return {"model": name, "targets": kind, "rows": rows, "tokens": tokens, **record, "share_percent": share}
-
-
-def print_record(record: dict) -> None:
-    ms, spread = record["milliseconds"], record["quartiles"]
-    times = "".join(f"{ms[key]:8.0f} +-{spread[key]:4.0f}" for key in SHOWN)
-    size = f"{record['rows']} x{record['tokens']:4}"
-    print(
-        f"{record['model']:5}{record['targets']:7}{size:>9}{times}{ms['dense']:8.0f}"
-        f"{record['added_percent']:+8.1f}%{record['share_percent']:7.1f}%"
-        f"{ms['frozen'] / ms['on']:8.2f}x{ms['peft'] / ms['on']:7.2f}x{ms['dense'] / ms['on']:8.2f}x",
-        flush=True,
-    )
 
 
 def main() -> None:
@@ -77,18 +64,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.model, args.targets, args.rows, args.tokens, args.rounds = ["smol"], ["all"], 2, 128, 3
-    print(
-        f"{torch.get_num_threads()} threads; ms a batch\n{'':12}{'tokens':>9}"
-        + "".join(f"{key:>15}" for key in SHOWN)
-        + f"{'dense':>8}{'added':>9}{'share':>8}{'frozen/on':>9}{'peft/on':>8}{'dense/on':>9}"
-    )
+    print(f"{torch.get_num_threads()} threads; ms a batch")
+    common.print_header(f"{'tokens':>9}", "share")
     results = []
     for name in args.model:
         base = common.make_base(name)
         for kind in args.targets:
             results.append(measure(name, base, kind, args.rows, args.tokens, args.rounds))
-            print_record(results[-1])
-    common.report({"machine": common.machine(), "results": results}, args.json)
+            size = f"{args.rows} x{args.tokens:4}"
+            common.print_record(results[-1], f"{size:>9}", results[-1]["share_percent"], 0)
+    report({"machine": machine(), "results": results}, args.json)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,8 @@ dense       the authors' method: W + dW in every layer, one row at a time; one r
 """
 
 import copy
-import json
-import os
-import platform
-import random
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +18,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from slm_fast import Routing, SLMConfig, SLMModel, dispatch, get_slm_model
+from slm_fast import Routing, SLMConfig, SLMModel, get_slm_model
 from slm_fast.loading import load_base
 from slm_fast.reference import dense_offset
 
@@ -33,6 +27,7 @@ TARGETS = {"o_proj": ["o_proj"], "all": "all-linear"}
 TARGET_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ENTRIES = {"smol": 64, "7b": 12}  # of the pool: two for each of 32 rows, or what a batch shares
 PROMPT_SEED = 1
+SHOWN = ("frozen", "off", "on", "peft", "merged")
 
 
 def make_base(name: str) -> torch.nn.Module:
@@ -164,24 +159,6 @@ def verify(got: dict[str, torch.Tensor], mixed: torch.Tensor, frozen: torch.Tens
         raise SystemExit(f"wrong logits, nothing is timed: {bad}, allowed {allowed}")
 
 
-def interleaved(contenders: dict[str, Callable], rounds: int, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of each call; the contenders take turns, in ever another order.
-
-    warm: right after a call of the same that is not timed, for calls shorter than what the contender before
-    leaves in the caches.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(contenders), len(contenders)):
-            if warm:
-                contenders[name]()
-            begin = time.perf_counter()
-            contenders[name]()
-            samples[name].append(time.perf_counter() - begin)
-    return samples
-
-
 def summary(samples: dict[str, list[float]], rows: int) -> dict:
     """Median milliseconds and the distance of the quartiles; what the pool adds, of calls side by side."""
 
@@ -198,29 +175,22 @@ def summary(samples: dict[str, list[float]], rows: int) -> dict:
     return {"milliseconds": milliseconds, "quartiles": quartiles, "added_percent": added}
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that all threads read from memory, the fastest of several passes."""
-    buffer = torch.ones(1 << 28, dtype=torch.float32)
-    regions, threads, times = [(buffer.data_ptr(), 4 * buffer.numel())], torch.get_num_threads(), []
-    for _ in range(5):
-        begin = time.perf_counter()
-        dispatch._C.read_memory(regions, threads)
-        times.append(time.perf_counter() - begin)
-    return 4 * buffer.numel() / min(times)
-
-
 def distinct_entries(routing: Routing) -> int:
     return routing.indices[routing.weights != 0].unique().numel()
 
 
-def machine() -> dict:
-    found = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    found |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    return found | {"threads": torch.get_num_threads(), **dispatch.cpu_info()}
+def print_header(size: str, share: str) -> None:
+    titles = [size, *(f"{name:>15}" for name in SHOWN), f"{'dense':>9}", f"{'added':>9}", f"{share:>8}"]
+    print("".join([f"{'':12}", *titles, f"{'frozen/on':>9}{'peft/on':>8}{'dense/on':>9}"]))
 
 
-def report(result: dict, path: Path | None) -> None:
-    """Write the result to `path`, if there is one, and print it as the last line."""
-    if path:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-    print(json.dumps(result))
+def print_record(record: dict, size: str, share: float, digits: int) -> None:
+    """A line under `print_header`: times with `digits` decimals and the ratios that are asked for."""
+    ms, spread = record["milliseconds"], record["quartiles"]
+    times = "".join(f"{ms[name]:8.{digits}f} +-{spread[name]:4.{max(digits - 1, 0)}f}" for name in SHOWN)
+    print(
+        f"{record['model']:5}{record['targets']:7}{size}{times}{ms['dense']:9.{max(digits - 1, 0)}f}"
+        f"{record['added_percent']:+8.1f}%{share:7.1f}%"
+        f"{ms['frozen'] / ms['on']:8.2f}x{ms['peft'] / ms['on']:7.2f}x{ms['dense'] / ms['on']:8.2f}x",
+        flush=True,
+    )
