@@ -154,9 +154,9 @@ def launch_mixture(row, case):
 
 
 def launch_fused_linear(row, case):
-    """Inline or with its own shrink, for training, behind a given u; with and without a bias. Of a resident
-    pool, and with gathered entries where rows are long."""
-    from slm_fast.kernels.fused_linear import fused_linear_bwd, fused_linear_fwd
+    """Inline or with its own shrink, for training, behind a given u, of several linears; with and without a
+    bias or a residual. Of a resident pool, and with gathered entries where rows are long."""
+    from slm_fast.kernels.fused_linear import fused_linear_bwd, fused_linear_fwd, stacked_linear_fwd
 
     sizes = Sizes.of(row)
     x, weight = case.x(sizes.tokens, case.features), case.x(case.features, case.features)
@@ -174,6 +174,14 @@ def launch_fused_linear(row, case):
             fused_linear_fwd(x, weight, bias, A, A, routing, **settings)
             fused_linear_fwd(x, weight, bias, A, A, routing, save_u=True, **settings)
             fused_linear_fwd(x, weight, bias, A, A, routing, u=u[None], **settings)
+        for given in (None, u[None]):
+            residual = case.x(sizes.tokens, case.features)
+            fused_linear_fwd(x, weight, None, A, A, routing, u=given, residual=residual, **settings)
+        for linears in set(case.linears) - {1}:
+            stacked = case.x(linears * case.features, case.features)
+            for bias in (case.x(len(stacked)) if given else None for given in case.biases):
+                us = floats(linears, 1, *u.shape)
+                stacked_linear_fwd(x, stacked, bias, [A] * linears, routing, us, **settings)
 
 
 def shrink_settings(row, case):
@@ -217,6 +225,15 @@ def launch_silu_mul_shrink(row, case):
             silu_mul_shrink_bwd(x, u, x, x, A, owned=(0, 16), needs=(True, True), h=h, **settings)
 
 
+def launch_rotary(row, case):
+    """Of queries and keys that lie side by side."""
+    from slm_fast.kernels.rotary import rotary_fwd
+
+    for head in (64, 128):
+        q, k = case.x(64, 6 * head).split([4 * head, 2 * head], 1)
+        rotary_fwd(q, k, case.x(8, head), case.x(8, head), plan=row["plan"])
+
+
 def launch_nothing(row, case):
     """`linear` rows choose between the two ops above; they launch nothing themselves."""
 
@@ -226,6 +243,7 @@ LAUNCHES = {
     "fused_linear": launch_fused_linear,
     "norm_shrink": launch_norm_shrink,
     "silu_mul_shrink": launch_silu_mul_shrink,
+    "rotary": launch_rotary,
     "linear": launch_nothing,
 }
 

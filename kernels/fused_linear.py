@@ -58,6 +58,8 @@ from slm_fast.kernels.rank_space import (
 )
 
 REGISTERS, REGISTERS_OF_THREAD = 65536, 255  # of a multiprocessor
+MAX_PARTS = 4
+SLOTS = [f"slot{i}" for i in range(MAX_PARTS)]
 
 
 @triton.jit
@@ -84,15 +86,19 @@ def outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN: tl.constexpr):
     return rows
 
 
-@triton.jit(**steady)
+@triton.jit(**(steady | {"do_not_specialize": [*steady["do_not_specialize"], *SLOTS]}))
 def _fused_linear_fwd_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    residual_ptr,
     y_ptr,
     u_ptr,
     A_ptr,
     B_ptr,
+    B1_ptr,
+    B2_ptr,
+    B3_ptr,
     row_entry_ptr,
     start_ptr,
     rank_ptr,
@@ -110,10 +116,21 @@ def _fused_linear_fwd_kernel(
     num_columns,
     in_features,
     out_features,
+    features0,
+    features1,
+    features2,
+    features3,
+    slot0,
+    slot1,
+    slot2,
+    slot3,
+    stride_w,
     num_splits,
     stride_us,
     stride_ut,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,
     INLINE: tl.constexpr,
     RESIDENT: tl.constexpr,
     VARLEN: tl.constexpr,
@@ -128,15 +145,40 @@ def _fused_linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(features0, BLOCK_N)
+    if PARTS > 1:
+        tiles_n += tl.cdiv(features1, BLOCK_N)
+    if PARTS > 2:
+        tiles_n += tl.cdiv(features2, BLOCK_N)
+    if PARTS > 3:
+        tiles_n += tl.cdiv(features3, BLOCK_N)
     program = tl.program_id(0)
     group = program // (GROUP_M * tiles_n)
     group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     within = program % (GROUP_M * tiles_n)
     tile_m, tile_n = group * GROUP_M + within % group_rows, within // group_rows
     tokens = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_x, in_y = tokens < num_tokens, n < out_features
+    begin, features, slot = (
+        tile_n * 0,
+        features0,
+        slot0,
+    )  # of the tile's part, whose tile it is then counted as
+    if PARTS > 1:
+        if tile_n >= tl.cdiv(features0, BLOCK_N):
+            tile_n -= tl.cdiv(features0, BLOCK_N)
+            begin, features, slot, B_ptr = features0, features1, slot1, B1_ptr
+            if PARTS > 2:
+                if tile_n >= tl.cdiv(features1, BLOCK_N):
+                    tile_n -= tl.cdiv(features1, BLOCK_N)
+                    begin, features, slot, B_ptr = features0 + features1, features2, slot2, B2_ptr
+                    if PARTS > 3:
+                        if tile_n >= tl.cdiv(features2, BLOCK_N):
+                            tile_n -= tl.cdiv(features2, BLOCK_N)
+                            begin += features2
+                            features, slot, B_ptr = features3, slot3, B3_ptr
+    in_part = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = begin + in_part
+    in_x, in_y = tokens < num_tokens, in_part < features
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if INLINE:
@@ -149,7 +191,7 @@ def _fused_linear_fwd_kernel(
             if WEIGHT_IS_KN:
                 w = weight_ptr.load([k0, tile_n * BLOCK_N])
             else:
-                w = weight_ptr.load([tile_n * BLOCK_N, k0]).T
+                w = weight_ptr.load([begin + tile_n * BLOCK_N, k0]).T
         else:
             x = tl.load(
                 x_ptr + tokens[:, None] * in_features + k[None, :],
@@ -157,9 +199,9 @@ def _fused_linear_fwd_kernel(
                 other=0.0,
             )  # [BLOCK_M, BLOCK_K]
             if WEIGHT_IS_KN:
-                w_block = weight_ptr + k[:, None].to(tl.int64) * out_features + n[None, :]
+                w_block = weight_ptr + k[:, None].to(tl.int64) * stride_w + n[None, :]
             else:
-                w_block = weight_ptr + n[None, :] * in_features + k[:, None]
+                w_block = weight_ptr + n[None, :] * stride_w + k[:, None]
             w = tl.load(
                 w_block, mask=in_y[None, :] & (k < in_features)[:, None], other=0.0
             )  # [BLOCK_K, BLOCK_N]
@@ -185,10 +227,16 @@ def _fused_linear_fwd_kernel(
         tl.extra.cuda.gdc_wait()
     if RESIDENT:  # every token has the same columns
         first_row, end_row = 0, 1
+        if PARTS > 1:
+            end_row = tl.where(slot < 0, 0, 1)
     else:  # each row of the tile has its own, one row at a time
         rows = outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN)
         end_row = tl.max(rows, 0) + 1
         first_row = tl.min(tl.where(rows >= 0, rows, end_row), 0)
+        if PARTS > 1:
+            end_row = tl.where(slot < 0, first_row, end_row)
+    if PARTS > 1:
+        u_ptr += tl.maximum(slot, 0).to(tl.int64) * num_splits * stride_us
     for i in range(0, end_row - first_row):  # from 0: Triton 3.9 loses the loads' width otherwise
         row = first_row + i
         for c0 in range(0, num_columns, BLOCK_C):
@@ -216,7 +264,7 @@ def _fused_linear_fwd_kernel(
             active = tl.maximum(active, used)
             if tl.max(used, 0) > 0:  # columns that no token of the tile uses cost nothing
                 b = tl.load(
-                    B_ptr + slab_row[:, None] * out_features + n[None, :],
+                    B_ptr + slab_row[:, None] * features + in_part[None, :],
                     mask=exists[:, None] & in_y[None, :],
                     other=0.0,
                 )  # [BLOCK_C, BLOCK_N]
@@ -235,11 +283,10 @@ def _fused_linear_fwd_kernel(
         y = update
     else:
         y = tl.where((active > 0)[:, None], acc + update, acc)
-    tl.store(
-        y_ptr + tokens[:, None] * out_features + n[None, :],
-        y.to(y_ptr.dtype.element_ty),
-        mask=in_x[:, None] & in_y[None, :],
-    )
+    at, mask = tokens[:, None] * out_features + n[None, :], in_x[:, None] & in_y[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(**steady)
@@ -291,24 +338,48 @@ def _rows(num_tokens, num_rows, cu_seqlens):
     }
 
 
-def _fused_linear(x, weight, bias, u, A, B, routing, *, max_rank, tiles, inline, pdl, transposed=False):
+def _parts(B):
+    """The launch arguments of a weight's parts, in their order: a slab, or the size of a part without one."""
+    slabs = [part for part in B if not isinstance(part, int)]
+    slots, pointers, sizes = [], [], []
+    for part in B:
+        without = isinstance(part, int)
+        slots.append(-1 if without else len(slots) - slots.count(-1))
+        pointers.append(slabs[0] if without else part)
+        sizes.append(part if without else part.shape[1])
+    rest = MAX_PARTS - len(B)
+    pointers += [None] * rest
+    return sizes, {
+        **dict(zip(("B_ptr", "B1_ptr", "B2_ptr", "B3_ptr"), pointers, strict=True)),
+        **{f"features{i}": size for i, size in enumerate(sizes + [0] * rest)},
+        **dict(zip(SLOTS, slots + [-1] * rest, strict=True)),
+        "PARTS": len(B),
+    }
+
+
+def _fused_linear(
+    x, weight, bias, u, A, B, routing, *, max_rank, tiles, inline, pdl, residual=None, transposed=False
+):
+    """B: a slab or the size of each part of the weight, see `_parts`.  u: [slabs * splits, T, C]."""
     num_tokens, in_features = x.shape
-    out_features, resident = B.shape[1], max_rank is None
+    sizes, parts = _parts(B)
+    out_features, resident = sum(sizes), max_rank is None
     if resident:
         row_entry, scaling, weights, cu_seqlens = routing
         start = rank = indices = None
-        num_columns, top_k, num_entries = B.shape[0], 1, scaling.shape[0]
+        num_columns, top_k, num_entries = parts["B_ptr"].shape[0], 1, scaling.shape[0]
     else:
         start, rank, scaling, indices, weights, cu_seqlens = routing
         row_entry, top_k, num_entries = None, indices.shape[1], start.shape[0]
         num_columns = top_k * max_rank
     y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
-    num_programs = triton.cdiv(num_tokens, tiles["BLOCK_M"]) * triton.cdiv(out_features, tiles["BLOCK_N"])
+    tiles_n = sum(triton.cdiv(size, tiles["BLOCK_N"]) for size in sizes)
+    num_programs = triton.cdiv(num_tokens, tiles["BLOCK_M"]) * tiles_n
     tma = tiles["TMA"] and not any(
         t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, weight)
     )
     tiles = tiles | {"TMA": tma}
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or len(sizes) > 1:
         # Shared memory decides how many blocks run at once. Told no limit of registers, ptxas picks one (64,
         # 80, 168) that would let one more run, and spills to stay below it.
         tiles.setdefault("maxnreg", min(REGISTERS // (32 * tiles["num_warps"]), REGISTERS_OF_THREAD))
@@ -322,10 +393,11 @@ def _fused_linear(x, weight, bias, u, A, B, routing, *, max_rank, tiles, inline,
             x_ptr=x_arg,
             weight_ptr=weight_arg,
             bias_ptr=bias,
+            residual_ptr=residual,
             y_ptr=y,
             u_ptr=u,
             A_ptr=A,
-            B_ptr=B,
+            **parts,
             row_entry_ptr=row_entry,
             start_ptr=start,
             rank_ptr=rank,
@@ -340,10 +412,12 @@ def _fused_linear(x, weight, bias, u, A, B, routing, *, max_rank, tiles, inline,
             num_columns=num_columns,
             in_features=in_features,
             out_features=out_features,
-            num_splits=0 if inline else u.shape[0],
+            stride_w=weight.stride(0),
+            num_splits=0 if inline else u.shape[0] // (max(parts[slot] for slot in SLOTS) + 1),
             stride_us=num_tokens * num_columns,
             stride_ut=num_columns,
             HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             INLINE=inline,
             RESIDENT=resident,
             PRECISION=dot_precision(x),
@@ -356,12 +430,14 @@ def _fused_linear(x, weight, bias, u, A, B, routing, *, max_rank, tiles, inline,
     return y
 
 
-def fused_linear_fwd(x, weight, bias, A, B, routing, *, plan, max_rank=None, u=None, save_u=False):
+def fused_linear_fwd(
+    x, weight, bias, A, B, routing, *, plan, max_rank=None, u=None, residual=None, save_u=False
+):
     """(y [T, out], unweighted u [T, C] if `save_u`).
 
     routing: (row_entry, scaling, weights, cu_seqlens) of a resident pool, C = R; with max_rank, gathered:
     (start, rank, scaling, indices, weights, cu_seqlens), C = top_k * max_rank.
-    u: [splits, T, C] made with x by `norm_shrink` or `silu_mul_shrink`.
+    u: [splits, T, C] made with x by `norm_shrink` or `silu_mul_shrink`.  residual: [T, out], added to y.
     """
     tiles = plan["linear"]
     fits = max_rank is None and A.shape[0] <= tiles["BLOCK_C"]  # all of a resident pool's columns at once
@@ -369,9 +445,18 @@ def fused_linear_fwd(x, weight, bias, A, B, routing, *, plan, max_rank=None, u=N
     pdl = plan["pdl"] and not inline and u is None
     if not inline and u is None:
         u = _rank_space(x, A, routing, max_rank, plan, splits=1 if save_u else plan["splits"], pdl=pdl)
-    settings = {"max_rank": max_rank, "tiles": tiles, "inline": inline, "pdl": pdl}
-    y = _fused_linear(x, weight, bias, u, A, B, routing, **settings)
+    settings = {"max_rank": max_rank, "tiles": tiles, "inline": inline, "pdl": pdl, "residual": residual}
+    y = _fused_linear(x, weight, bias, u, A, [B], routing, **settings)
     return y, (u[0] if u.shape[0] == 1 else u.sum(0)) if save_u else None
+
+
+def stacked_linear_fwd(x, weight, bias, B, routing, u, *, plan, max_rank=None):
+    """y [T, sum of the parts]: linears that read the same x, their weights stacked, in one product.
+
+    B: of each, a slab or the number of features.  u: [slabs, splits, T, C].  routing: as above.
+    """
+    settings = {"max_rank": max_rank, "tiles": plan["linear"], "inline": False, "pdl": False}
+    return _fused_linear(x, weight, bias, u.flatten(0, 1), None, B, routing, **settings)
 
 
 def _rank_space(x, A, routing, max_rank, plan, *, splits=1, pdl):
@@ -398,7 +483,7 @@ def fused_linear_bwd(dy, x, u, weight, A, B, routing, *, plan, owned, needs, max
     dx = None
     if needs[0]:
         settings = {"max_rank": max_rank, "tiles": plan["linear"], "inline": False, "pdl": plan["pdl"]}
-        dx = _fused_linear(dy, weight, None, g, B, A, routing, **settings, transposed=True)
+        dx = _fused_linear(dy, weight, None, g, B, [A], routing, **settings, transposed=True)
     join()
     return dx, *grads, g[0]
 

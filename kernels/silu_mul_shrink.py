@@ -73,6 +73,8 @@ def _silu_mul_shrink_fwd_kernel(
     max_rank,
     num_columns,
     in_features,
+    stride_gate,
+    stride_up,
     blocks_per_split,
     stride_us,
     stride_ut,
@@ -116,11 +118,13 @@ def _silu_mul_shrink_fwd_kernel(
     for block in range(split * blocks_per_split, last_block):
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         in_h = k < in_features
-        at = tokens[:, None] * in_features + k[None, :]
-        gate = tl.load(gate_ptr + at, mask=in_tile[:, None] & in_h[None, :], other=0.0)
-        up = tl.load(up_ptr + at, mask=in_tile[:, None] & in_h[None, :], other=0.0)
+        mask = in_tile[:, None] & in_h[None, :]
+        gate = tl.load(gate_ptr + tokens[:, None] * stride_gate + k[None, :], mask=mask, other=0.0)
+        up = tl.load(up_ptr + tokens[:, None] * stride_up + k[None, :], mask=mask, other=0.0)
         h = (silu(gate).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)  # [BLOCK_T, BLOCK_K]
-        tl.store(h_ptr + at, h, mask=writes_h[:, None] & in_h[None, :])
+        tl.store(
+            h_ptr + tokens[:, None] * in_features + k[None, :], h, mask=writes_h[:, None] & in_h[None, :]
+        )
         acc = shrink_dot(h, acc, A_ptr, slab_row, exists, k, in_features, PRECISION)
     in_row = (tokens >= row_begin) & (tokens < row_end)
     tl.store(
@@ -208,8 +212,9 @@ def _silu_mul_shrink_bwd_kernel(
 def silu_mul_shrink_fwd(gate, up, A, routing, *, max_rank, plan, splits=None):
     """(h [T, in], u [splits, T, C] fp32): silu(gate) * up, and the unweighted <A rows, h>.
 
-    Args: gate, up: [T, in], of one dtype.  A: [total_rank, in].  routing: (start, rank, scaling, indices,
-    weights, cu_seqlens), C = top_k * max_rank; None: columns are slab rows, C = total_rank.
+    Args: gate, up: [T, in], of one dtype, whose rows may lie apart.  A: [total_rank, in].  routing: (start,
+    rank, scaling, indices, weights, cu_seqlens), C = top_k * max_rank; None: columns are slab rows,
+    C = total_rank.
     plan: "splits", "pdl", "forward": BLOCK_T (1, 16 or 32), BLOCK_C, BLOCK_K, num_warps, num_stages.
     splits: exactly so many, instead of the plan's or as few as the blocks.
     """
@@ -220,7 +225,7 @@ def silu_mul_shrink_fwd(gate, up, A, routing, *, max_rank, plan, splits=None):
     num_tokens, in_features = gate.shape
     blocks_per_split, filled = split_blocks(in_features, tiles["BLOCK_K"], splits or plan["splits"])
     splits = splits or filled  # those beyond the blocks are 0
-    h = torch.empty_like(gate)
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     u = torch.empty(splits, num_tokens, num_columns, dtype=torch.float32, device=gate.device)
     if num_programs:
         grid = (num_programs, splits, max(triton.cdiv(num_columns, tiles["BLOCK_C"]), 1))
@@ -230,6 +235,8 @@ def silu_mul_shrink_fwd(gate, up, A, routing, *, max_rank, plan, splits=None):
             h_ptr=h,
             u_ptr=u,
             A_ptr=A,
+            stride_gate=gate.stride(0),
+            stride_up=up.stride(0),
             blocks_per_split=blocks_per_split,
             stride_us=num_tokens * num_columns,
             stride_ut=num_columns,

@@ -161,13 +161,43 @@ def fused_linear_forward(
     u: Tensor | None,
     save_u: bool,
     max_rank: int | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y [T, out_features], what the backward needs as `u` if `save_u`)."""
+    """(y [T, out_features] plus `residual`, what the backward needs as `u` if `save_u`)."""
     if backend == "gpu":
-        x, weight, bias, A, B, u, *routing = contiguous(x, weight, bias, A, B, u, *routing)
-        return dispatch.fused_linear_forward_gpu(x, weight, bias, A, B, tuple(routing), max_rank, u, save_u)
+        x, bias, A, B, u, residual, *routing = contiguous(x, bias, A, B, u, residual, *routing)
+        weight, routing = unit_stride(weight), tuple(routing)
+        return dispatch.fused_linear_forward_gpu(
+            x, weight, bias, A, B, routing, max_rank, u, save_u, residual
+        )
     given = None if u is None else u.sum(0)
-    return reference.fused_linear(x, weight, bias, A, B, *routing, u=given), given
+    y = reference.fused_linear(x, weight, bias, A, B, *routing, u=given)
+    return y if residual is None else y + residual, given
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x [rows, features], copied unless the features of a row lie side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def stacked_linear_forward(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: list[Tensor | int],
+    routing: tuple,
+    u: Tensor,
+    max_rank: int | None,
+) -> Tensor:
+    """y [T, sum of the linears' features]; u: [slabs, splits, T, columns]."""
+    if backend == "gpu":
+        x, bias, u, *routing = contiguous(x, bias, u, *routing)
+        B = [part if isinstance(part, int) else part.contiguous() for part in B]
+        return dispatch.stacked_linear_gpu(x, unit_stride(weight), bias, B, tuple(routing), u, max_rank)
+    if max_rank is not None:
+        check_indices(routing)
+    return reference.stacked_linear(x, weight, bias, B, routing, u.sum(1), max_rank)
 
 
 def fused_linear_backward(
@@ -334,7 +364,8 @@ def silu_mul_shrink_forward(
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(h [T, in_features], u [splits, T, columns]); only `gpu` has more than one split."""
-    gate, up, A = contiguous(gate, up, A)
+    (A,) = contiguous(A)
+    gate, up = unit_stride(gate), unit_stride(up)  # parts of a stacked product, whose rows lie apart
     routing = contiguous_routing(routing)
     if backend == "gpu":
         return dispatch.silu_mul_shrink_forward_gpu(gate, up, A, routing, max_rank, splits)

@@ -312,6 +312,32 @@ def _fused_linear_gradients(ctx, dy, _):
 fused_linear.register_autograd(_fused_linear_gradients, setup_context=_fused_linear_context)
 
 
+@torch.library.custom_op("slm_fast::stacked_linear", mutates_args=())
+def stacked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slabs: list[Tensor],
+    sizes: list[int],
+    slots: list[int],
+    entries: list[Tensor],
+    cu_seqlens: Tensor | None,
+    u: Tensor,
+    max_rank: int | None,
+    backend: str,
+) -> Tensor:
+    """sizes, slots: of each part its features and whether it has a slab."""
+    own = iter(slabs)
+    B = [next(own) if slot else size for size, slot in zip(sizes, slots, strict=True)]
+    routing = (*entries, cu_seqlens)
+    return autograd.stacked_linear_forward(_select(x, backend), x, weight, bias, B, routing, u, max_rank)
+
+
+@stacked_linear.register_fake
+def _(x, weight, *rest):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 # ---- the ops that make u for those above
 #
 # The compiler has to know the number of splits, and thus the backend: both are chosen while it traces.

@@ -309,8 +309,9 @@ def fused_linear_forward_gpu(
     max_rank: int | None,
     u: Tensor | None,
     save_u: bool,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y [T, out_features], unweighted u [T, columns] if `save_u`).
+    """(y [T, out_features], plus `residual`, unweighted u [T, columns] if `save_u`).
 
     max_rank: None for a resident pool, whose routing is (row_entry, scaling, weights, cu_seqlens).
     """
@@ -318,9 +319,26 @@ def fused_linear_forward_gpu(
 
     columns = num_columns(A, None if max_rank is None else routing, max_rank)
     found = find_plan("fused_linear", "forward", x, columns, A.shape[1], B.shape[1])
-    settings = {"max_rank": max_rank, "plan": found, "u": u, "save_u": save_u}
+    settings = {"max_rank": max_rank, "plan": found, "u": u, "save_u": save_u, "residual": residual}
     with _on_device(x):
         return fused_linear.fused_linear_fwd(x, weight, bias, A, B, routing, **settings)
+
+
+def stacked_linear_gpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: list[Tensor | int],
+    routing: tuple,
+    u: Tensor,
+    max_rank: int | None,
+) -> Tensor:
+    """y [T, sum of the linears' features]; `reference.stacked_linear` with u [slabs, splits, T, columns]."""
+    from slm_fast.kernels import fused_linear
+
+    found = find_plan("fused_linear", "forward", x, u.shape[-1], x.shape[1], weight.shape[0])
+    with _on_device(x):
+        return fused_linear.stacked_linear_fwd(x, weight, bias, B, routing, u, plan=found, max_rank=max_rank)
 
 
 def fused_linear_backward_gpu(
@@ -448,6 +466,16 @@ def silu_mul_shrink_backward_gpu(
     settings = {"max_rank": max_rank, "plan": found, "owned": owned, "needs": needs, "h": h}
     with _on_device(gate):
         return silu_mul_shrink.silu_mul_shrink_bwd(dh, du, gate, up, A, routing, **settings)
+
+
+def rotary_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate q and k [T, heads * head_size] in place; cos, sin: [angles, head_size]."""
+    from slm_fast.kernels import rotary
+
+    found = find_plan("rotary", "forward", q, cos.shape[1], q.shape[1], k.shape[1])
+    settings = {name: value for name, value in found.items() if name != "pdl"}
+    with _on_device(q):
+        rotary.rotary_fwd(q, k, cos, sin, plan=settings)
 
 
 def cuda_devices() -> str:

@@ -203,6 +203,7 @@ def fused_linear(
     cu_seqlens: Tensor | None = None,
     *,
     u: Tensor | None = None,
+    residual: Tensor | None = None,
     A_owned: Tensor | None = None,
     B_owned: Tensor | None = None,
     owned: tuple[int, int] = (0, 0),
@@ -222,7 +223,8 @@ def fused_linear(
     row_entry: [total_rank] int32, the entry that owns a slab row, -1 for none.  scaling: [P] fp32.
     weights: [rows, P] fp32, see `Routing.dense`.  cu_seqlens, A_owned, B_owned, owned: as in `mixture`.
     u: [splits, T, total_rank] fp32, made with x by `norm_shrink` or `silu_mul_shrink`; gradients then flow to
-    u, and to x through the linear alone.
+    u, and to x through the linear alone.  residual: like y, added to it, before it is rounded where no
+    gradients are wanted.
     Raises ValueError on mismatched shapes, dtypes or devices, and if gradients of the linear are wanted.
     Source: SLM (ICLR 2024), JARe.
     """
@@ -239,8 +241,9 @@ def fused_linear(
     _check_owned(A_owned, B_owned, owned, total_rank, in_features, out_features, device)
     if u is not None:
         _check("u", u, (u.shape[0], num_tokens, total_rank), FP32, device)
+    residual = _flat_residual(residual, x, out_features)
     flat = x.reshape(num_tokens, in_features)
-    grad = _needs_grad(x, weights, A_owned, B_owned, u)
+    grad = _needs_grad(x, weights, A_owned, B_owned, u, residual)
     leaves, frozen = (flat, weights, A_owned, B_owned, u), (weight, bias, A, B)
     if torch.compiler.is_compiling():
         y, _ = torch.ops.slm_fast.fused_linear(
@@ -251,8 +254,16 @@ def fused_linear(
         y = autograd.FusedLinearFunction.apply(*leaves, *frozen, routing, None, owned, chosen)
     else:
         routing, chosen = (row_entry, scaling, weights, cu_seqlens), dispatch.select(x, backend)
-        y, _ = autograd.fused_linear_forward(chosen, flat, *frozen, routing, u, save_u=False)
-    return y.view(*x.shape[:-1], out_features)
+        y, _ = autograd.fused_linear_forward(chosen, flat, *frozen, routing, u, False, residual=residual)
+        residual = None
+    return (y if residual is None else y + residual).view(*x.shape[:-1], out_features)
+
+
+def _flat_residual(residual: Tensor | None, x: Tensor, out_features: int) -> Tensor | None:
+    if residual is None:
+        return None
+    _check("residual", residual, (*x.shape[:-1], out_features), (x.dtype,), x.device)
+    return residual.reshape(-1, out_features)
 
 
 def segment_linear(
@@ -269,6 +280,7 @@ def segment_linear(
     cu_seqlens: Tensor | None = None,
     *,
     u: Tensor | None = None,
+    residual: Tensor | None = None,
     max_rank: int | None = None,
     A_owned: Tensor | None = None,
     B_owned: Tensor | None = None,
@@ -285,14 +297,16 @@ def segment_linear(
     Gradients flow as in `mixture`, never to the linear.
 
     Args: x: [..., in_features].  weight: [out_features, in_features], bias: [out_features] or None, of x's
-    dtype, fp32/bf16/fp16.  The others: as in `mixture`; with u given, x gets its gradient through the linear
-    alone.
+    dtype, fp32/bf16/fp16.  residual: as in `fused_linear`.  The others: as in `mixture`; with u given, x gets
+    its gradient through the linear alone.
     Raises ValueError as `mixture` does, and if gradients of the linear are wanted.
     Source: SLM (ICLR 2024), JARe.
     """
     out_features = _check_linear(x, weight, bias)
+    residual = _flat_residual(residual, x, out_features)
     if torch.compiler.is_compiling() or (chosen := dispatch.select(x, backend)) != "gpu":
         y, pool = F.linear(x, weight, bias), (A, B, start, rank, scaling)
+        y = y if residual is None else y + residual.view(y.shape)
         owns = {"A_owned": A_owned, "B_owned": B_owned, "owned": owned}
         routing = (indices, weights, cu_seqlens)
         return mixture(y, x, *pool, *routing, u=u, max_rank=max_rank, **owns, backend=backend)
@@ -307,12 +321,82 @@ def segment_linear(
         _check("u", u, (u.shape[0], num_tokens, indices.shape[1] * max_rank), FP32, device)
     flat = x.reshape(num_tokens, in_features)
     leaves, frozen = (flat, weights, A_owned, B_owned, u), (weight, bias, A, B)
-    if _needs_grad(x, weights, A_owned, B_owned, u):
+    if _needs_grad(x, weights, A_owned, B_owned, u, residual):
         routing = (start, rank, scaling, indices, cu_seqlens)
         y = autograd.FusedLinearFunction.apply(*leaves, *frozen, routing, max_rank, owned, chosen)
     else:
         routing = (start, rank, scaling, indices, weights, cu_seqlens)
-        y, _ = autograd.fused_linear_forward(chosen, flat, *frozen, routing, u, False, max_rank)
+        y, _ = autograd.fused_linear_forward(chosen, flat, *frozen, routing, u, False, max_rank, residual)
+        residual = None
+    return (y if residual is None else y + residual).view(*x.shape[:-1], out_features)
+
+
+def stacked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Sequence[Tensor | int],
+    routing: tuple,
+    u: Tensor,
+    *,
+    max_rank: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linears that read the same input (q, k, v or gate, up) as one product of their stacked weights, each
+    with its own mixture, whose rank-space vectors came with the input.
+
+        y_i[t] = W_i x[t] + bias_i + sum_c coefficient[b, c] * u_i[t, c] * B_i[c],   y = [y_1 | y_2 | ...]
+
+    coefficient is weight * scaling of the entry that owns column c, as in `fused_linear` and `mixture`. A
+    linear without a mixture, and a row whose weights are all 0, get exactly what the same kernel gives the
+    frozen linears. Inference only.
+
+    Args: x: [..., in_features], weight: [sum of out_i, in_features] whose rows may lie apart, bias: [sum of
+    out_i] or None: one dtype, fp32/bf16/fp16.  B: 1 to 4 in the order of the weights, a slab [total_rank,
+    out_i] each, or the number out_i for a linear without a mixture; one slab at least, all of one dtype.
+    routing: (row_entry, scaling, weights, cu_seqlens) as in `fused_linear` where max_rank is None, else
+    (start, rank, scaling, indices, weights, cu_seqlens) as in `mixture`.
+    u: [slabs, splits, T, columns] fp32, as `norm_shrink` makes it with x.
+    Returns [..., sum of out_i].
+    Raises ValueError on mismatched shapes, dtypes or devices, if gradients are wanted, and on indices outside
+    the pool as `mixture` does.
+    Source: SLM (ICLR 2024), JARe.
+    """
+    out_features, num_tokens, device = _check_linear(x, weight, bias), x.shape[:-1].numel(), x.device
+    B = list(B)
+    slabs = [part for part in B if not isinstance(part, int)]
+    if not 1 <= len(B) <= MAX_SLABS or not slabs:
+        raise ValueError(f"B must have 1 to {MAX_SLABS} members, a slab at least, got {len(B)}")
+    total_rank = _matrix("B", slabs[0])[0]
+    for slab in slabs:
+        _check("B", slab, (total_rank, _matrix("B", slab)[1]), FLOATS, device)
+        _check("B", slab, tuple(slab.shape), (slabs[0].dtype,), device)
+    sizes = [part if isinstance(part, int) else part.shape[1] for part in B]
+    if sum(sizes) != out_features:
+        raise ValueError(f"weight has {out_features} rows, the linears have {' + '.join(map(str, sizes))}")
+    if max_rank is None:
+        row_entry, scaling, weights, cu_seqlens = routing
+        _check("row_entry", row_entry, (total_rank,), INT32, device)
+        _check("scaling", scaling, (scaling.numel(),), FP32, device)
+        _check("weights", weights, (_matrix("weights", weights)[0], scaling.numel()), FP32, device)
+        _check_rows(num_tokens, weights.shape[0], cu_seqlens, device)
+        columns = total_rank
+    else:
+        _check_routing(num_tokens, *routing, device)
+        columns = routing[3].shape[1] * max_rank
+    _check("u", u, (len(slabs), u.shape[1] if u.dim() == 4 else 1, num_tokens, columns), FP32, device)
+    if _needs_grad(x, u, *slabs, *routing):
+        raise ValueError("stacked_linear has no gradient: call it under no_grad")
+    flat = x.reshape(num_tokens, x.shape[-1])
+    if torch.compiler.is_compiling():
+        slots = [0 if isinstance(part, int) else 1 for part in B]
+        *entries, cu_seqlens = routing
+        y = torch.ops.slm_fast.stacked_linear(
+            flat, weight, bias, slabs, sizes, slots, entries, cu_seqlens, u, max_rank, backend or ""
+        )
+    else:
+        chosen = dispatch.select(x, backend)
+        y = autograd.stacked_linear_forward(chosen, flat, weight, bias, B, routing, u, max_rank)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -420,6 +504,40 @@ def silu_mul_shrink(
     else:
         h, u = autograd.silu_mul_shrink_forward(chosen, *flat, A, routing, max_rank)
     return h.view(gate.shape), u
+
+
+def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> None:
+    """Rotary position embedding of queries and keys, in place.
+
+        x[t, h] = x[t, h] * cos[a] + [-x2 | x1] * sin[a],   a = t % angles, x = [x1 | x2] a head's halves
+
+    Inference only.
+
+    Args: q: [T, query heads * head_size], k: [T, key heads * head_size], one dtype, fp32/bf16/fp16; rows may
+    lie apart, as parts of a stacked product do.  cos, sin: [rows or 1, tokens, head_size] of their dtype.
+    Raises ValueError on mismatched shapes, dtypes or devices, and if gradients are wanted.
+    Source: RoFormer (Su et al., 2021), in the order of features that transformers uses.
+    """
+    num_tokens, device, head = _matrix("q", q)[0], q.device, cos.shape[-1]
+    _check("q", q, (num_tokens, q.shape[1]), FLOATS, device)
+    _check("k", k, (num_tokens, _matrix("k", k)[1]), (q.dtype,), device)
+    _check("cos", cos, (*cos.shape[:-1], head), (q.dtype,), device)
+    _check("sin", sin, tuple(cos.shape), (q.dtype,), device)
+    angles = cos.shape[:-1].numel()
+    if head % 2 or q.shape[1] % head or k.shape[1] % head or num_tokens % max(angles, 1):
+        raise ValueError(
+            f"cos must be [rows or 1, tokens, head_size], got {list(cos.shape)} for q {list(q.shape)} and k "
+            f"{list(k.shape)}"
+        )
+    if q.stride(1) != 1 or k.stride(1) != 1:
+        raise ValueError(f"rows of q and k must be contiguous, got strides {q.stride()}, {k.stride()}")
+    if _needs_grad(q, k, cos, sin):
+        raise ValueError("rotary_ works in place and has no gradient: call it under no_grad")
+    cos, sin = cos.reshape(angles, head), sin.reshape(angles, head)
+    if not torch.compiler.is_compiling() and dispatch.select(q, backend) == "gpu":
+        return dispatch.rotary_gpu(q, k, cos.contiguous(), sin.contiguous())
+    for x in (q, k):
+        x.copy_(reference.rotary(x, cos, sin))
 
 
 def _check_shrink(x, A, routing, max_rank, A_owned, owned) -> int:

@@ -191,6 +191,37 @@ def fused_linear(
     return torch.cat([*out, y[done:]]) if out else y
 
 
+def stacked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: list[Tensor | int],
+    routing: tuple,
+    u: Tensor,
+    max_rank: int | None = None,
+) -> Tensor:
+    """Linears that read the same input, their weights stacked, each with its own mixture.
+
+        y_i[t] = W_i x[t] + bias_i + sum_c coefficient[b, c] * u_i[t, c] * B_i[c],   y = [y_1 | y_2 | ...]
+
+    Args: B: of each linear its slab [total_rank, out_i], or out_i where it has no mixture.  u: [slabs, T,
+    columns].  routing: as `fused_linear` takes it where max_rank is None, else as `mixture` does.
+    """
+    out, begin, us = [], 0, iter(u)
+    for part in B:
+        size = part if isinstance(part, int) else part.shape[1]
+        rows = slice(begin, begin + size)
+        begin += size
+        own = None if bias is None else bias[rows]
+        if isinstance(part, int):
+            out.append(F.linear(x, weight[rows], own))
+        elif max_rank is None:
+            out.append(fused_linear(x, weight[rows], own, None, part, *routing, u=next(us)))
+        else:
+            out.append(mixture(F.linear(x, weight[rows], own), x, part, part, *routing, u=next(us)))
+    return torch.cat(out, -1)
+
+
 def key_learning_loss(
     query: Tensor, keys: Tensor, num_groups: int, top_k: int, keep: Tensor | None = None
 ) -> Tensor:
@@ -426,6 +457,17 @@ def norm_shrink_backward(
     g = weight.to(g.dtype) * g
     dx = rstd * (g - xhat * (g * xhat).mean(-1, keepdim=True))
     return dx.to(x.dtype), dA
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads * head_size] rotated: x * cos + [-x2 | x1] * sin, in fp32 and rounded once.
+
+    cos, sin: [angles, head_size]; token t has angle t % angles.
+    """
+    angles, head = cos.shape
+    heads = x.float().view(x.shape[0] // angles, angles, x.shape[1] // head, head)
+    half = torch.cat((-heads[..., head // 2 :], heads[..., : head // 2]), -1)
+    return (heads * cos[:, None].float() + half * sin[:, None].float()).to(x.dtype).view(x.shape)
 
 
 def silu_mul_shrink(

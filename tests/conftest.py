@@ -1,6 +1,8 @@
+import importlib.util
 import os
 from pathlib import Path
 
+import numpy
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +20,19 @@ from slm_fast.loading import packaged_model  # noqa: E402
 # Where the kernels' tests run, and in which dtypes: the interpreter has no bf16 products.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def exact_dot(self, a, b, d, *_):
+    """The interpreter's product. A row of it depends on nothing but the row, as on tensor cores: in fp32 its
+    last bit would also depend on where BLAS finds it in a tile, on some processors."""
+    product = numpy.matmul(a.data.astype(numpy.float64), b.data.astype(numpy.float64))
+    return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+
+if DEVICE == "cpu" and importlib.util.find_spec("triton"):
+    from triton.runtime import interpreter
+
+    interpreter.InterpreterBuilder.create_dot = exact_dot
 
 DIM = 24  # query size of the small models' precomputed embeddings
 

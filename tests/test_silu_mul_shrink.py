@@ -247,3 +247,13 @@ def test_rejects(backend, field, value, message):
     ops.silu_mul_shrink(**arguments, backend="reference")
     with pytest.raises(ValueError, match=message):
         ops.silu_mul_shrink(**arguments | {field: value}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["gpu", "reference"])
+def test_inputs_may_be_parts_of_a_stacked_product(backend):
+    case = SiluCase((4, 3), (3, 8), in_features=48)
+    stacked = torch.cat(case.inputs, 1)
+    parts = stacked.split(48, 1)
+    got = ops.silu_mul_shrink(*parts, case.A[0], case.route(), backend=backend)
+    want = ops.silu_mul_shrink(*case.inputs, case.A[0], case.route(), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
