@@ -291,9 +291,13 @@ def generate_batch(
     the model can be used afterwards.
     """
     if inputs is None:
-        if sources["texts"] is None:
+        texts = sources["texts"]
+        if texts is None:
             raise ValueError("no input: pass the prompts' token ids, or texts=")
-        inputs = slm.require_tokenizer()(list(sources["texts"]))["input_ids"]
+        if slm.pool.num_entries and all(sources[name] is None for name in SOURCES if name != "texts"):
+            # routed while they are tokenised
+            sources = sources | {"texts": None, "routing": slm.route_ahead(texts, task=sources["task"])}
+        inputs = slm.require_tokenizer()(list(texts))["input_ids"]
     inputs = [row.tolist() if isinstance(row, Tensor) else list(row) for row in inputs]
     if not inputs:
         return {}

@@ -2,22 +2,23 @@
 
 A patched model keeps its modules, parameters, signature, outputs, caches and `generate`; `forward` and
 `generate` also take `texts=`, `embeddings=`, `routing=` or `adapter_names=`, one item for each row. Its
-targeted linears become `MixtureLinear`s; its decoder layers, while they decode on the CPU (and in prefill, in
-bf16 on processors with AMX), run as two calls that read their weights once (see `cpu_linear.LinearGroup` and
-`LayerTail`):
+targeted linears become `MixtureLinear`s; the linears of its decoder layers run fused:
 
     q, k, v = linears(rms_norm(x));  x = x + o_proj(attention(rope(q), rope(k), v))
     gate, up = linears(rms_norm(x));  x = x + down_proj(silu(gate) * up)
 
-with every row's mixture added inside the call. Attention, cache and mask are transformers' own. Whatever this
-path does not know (training, hooks on inner modules, other attention functions) goes through the
-layer's own forward, with the same mixtures.
+with every row's mixture added inside: on the CPU when decoding (and in prefill, in bf16 on processors with
+AMX) as two calls that read the weights once (`cpu_layer`), on a GPU as five products with shared rank-space
+vectors (`gpu_layer`). Attention, cache and mask are transformers' own. Whatever this path does not know
+(training, hooks on inner modules, other attention functions) goes through the layer's own forward, with the
+same mixtures.
 """
 
 import contextlib
 import copy
 import functools
 import inspect
+import os
 import weakref
 
 import torch
@@ -25,11 +26,14 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slm_fast import dispatch
-from slm_fast.cpu_linear import LayerTail, LinearGroup, Rotation
+from slm_fast.cpu_layer import CpuLayer
+from slm_fast.cpu_linear import LinearGroup
+from slm_fast.gpu_layer import GpuLayer
 from slm_fast.huge_pages import to_huge_pages
-from slm_fast.layers import MixtureLinear, RoutingState, replace_linears, restore_linears
+from slm_fast.layers import MixtureLinear, RoutingState, is_dense, is_plain, replace_linears, restore_linears
 from slm_fast.pool import KnowledgePool
-from slm_fast.router import SOURCES, Router, num_rows
+from slm_fast.router import SOURCES, Router, rows_of
+from slm_fast.step_graphs import CACHE_NAMES, StepGraphs
 
 # Layers whose forward is the one above. Their attentions differ in what they pass on beside it.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
@@ -43,7 +47,8 @@ def patch_model(
 
     Without such an argument the rows get what `use(routing)` of the returned state says, by default nothing:
     the frozen model. `encoder` embeds `texts=`, see `get_slm_model`; by default the one that the pool's
-    config names. All parameters are frozen. On the CPU those of decoder layers and head move to huge pages
+    config names. All parameters are frozen. Quantised linears (quantise first, then patch) keep their own
+    kernels and get the mixture added. On the CPU the parameters of decoder layers and head move to huge pages
     (`SLM_FAST_HUGE_PAGES=0` leaves them where they are). Raises ValueError when `base` is patched already or
     lacks a linear of the pool's shape; nothing is changed then.
     """
@@ -54,7 +59,7 @@ def patch_model(
         if type(module).__name__ in LAYERS:
             module.__class__ = _fast_class(FastDecoderLayer, type(module))
             module.fast = FastPath(pool, state)
-    if type(head) is nn.Linear and any(isinstance(module, FastDecoderLayer) for module in base.modules()):
+    if is_dense(head) and any(isinstance(module, FastDecoderLayer) for module in base.modules()):
         head.__class__ = _fast_class(FastHead, nn.Linear)
         head.fast = FastPath(pool, state)
     fast = [module for module in base.modules() if isinstance(module, FastDecoderLayer | FastHead)]
@@ -69,7 +74,7 @@ def unpatch_model(base: nn.Module) -> nn.Module:
     for module in base.modules():
         if isinstance(module, Swapped):
             module.__class__ = type(module).original
-            for name in ("fast", "mixtures"):
+            for name in ("fast", "mixtures", "graphs", "cuda_graphs"):
                 module.__dict__.pop(name, None)
     restore_linears(base)
     return base
@@ -161,22 +166,63 @@ def _routed_forward(original: type):
 
 
 class FastModel(Swapped):
-    """A patched model; its `forward` is made by `_routed_forward`."""
+    """A patched model; its `forward` is made by `_routed_forward`.
+
+    With a static cache on a GPU `generate` decodes with CUDA graphs, see `step_graphs`, where transformers
+    would compile the step: not with a `compile_config`, hooks on modules, or layers of a sliding window.
+    `cuda_graphs = False` on the model or SLM_FAST_CUDA_GRAPHS=0 leaves it to transformers.
+    """
 
     mixtures: tuple[RoutingState, Router]
+    cuda_graphs = True
+    graphs: StepGraphs | None = None
+
+    def __reduce_ex__(self, protocol):
+        made, of, state = super().__reduce_ex__(protocol)
+        return made, of, {name: value for name, value in state.items() if name != "graphs"}
 
     def routed(self, args: tuple, kwargs: dict):
-        """The scope of a call, whose routing arguments are taken out of `kwargs`."""
+        """The scope of a forward pass, whose routing arguments are taken out of `kwargs`; `rows_of` says what
+        the rows are. Packed sequences get no cache unless told: transformers keeps them apart only then."""
         sources = {name: kwargs.pop(name, None) for name in SOURCES}
+        (state, router), packed = self.mixtures, kwargs.get("cu_seq_lens_q") is not None
+        if packed and "use_cache" in inspect.signature(self.original.forward).parameters:
+            kwargs.setdefault("use_cache", False)
         if all(value is None for value in sources.values()):
-            return contextlib.nullcontext()
-        state, router = self.mixtures
-        return state.use(router.resolve(num_rows(args, kwargs), next(self.parameters()).device, **sources))
+            if not packed or state.routing is None or state.packing is not None:
+                return contextlib.nullcontext()
+            sources["routing"] = state.routing
+        rows, packing = rows_of(args, kwargs)
+        return state.use(router.resolve(rows, next(self.parameters()).device, **sources), packing)
 
     def generate(self, *args, **kwargs):
         """transformers' `generate`; beams and return sequences of a row share its mixture."""
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("generate takes no packed sequences (cu_seq_lens_q): pad the rows instead")
         with torch.no_grad(), self.routed(args, kwargs):
-            return super().generate(*args, **kwargs)
+            out = super().generate(*args, **kwargs)
+        if self.graphs is not None and isinstance(out, dict):
+            for name in CACHE_NAMES:
+                self.graphs.caches.give(out.get(name))
+        return out
+
+    def get_compiled_call(self, compile_config):
+        """What `generate` decodes with."""
+        graphs = self._step_graphs() if compile_config is None else None
+        return super().get_compiled_call(compile_config) if graphs is None else graphs.begin()
+
+    def _prepare_static_cache(self, *args, **kwargs):
+        cache, graphs = super()._prepare_static_cache(*args, **kwargs), self._step_graphs()
+        if graphs is not None:
+            graphs.caches.prepare(cache)
+        return cache
+
+    def _step_graphs(self) -> StepGraphs | None:
+        if not self.cuda_graphs or os.environ.get("SLM_FAST_CUDA_GRAPHS") == "0" or not StepGraphs.fits(self):
+            self.graphs = None  # and its memory
+        elif self.graphs is None:
+            self.graphs = StepGraphs(self)
+        return None if hooked(tuple(self.modules())) else self.graphs
 
     def generate_batch(self, *args, **kwargs):
         """transformers' continuous batching of the frozen model; an `SLMModel` has it with mixtures."""
@@ -187,38 +233,32 @@ class FastModel(Swapped):
 
 
 class FastPath:
-    """What a fast module needs beside its own weights; its groups of linears are made when first needed."""
+    """What a fast module needs beside its own weights. What it runs with is made when first needed."""
 
     def __init__(self, pool: KnowledgePool, state: RoutingState) -> None:
         self.pool, self.state = pool, state
-        self.groups: tuple | None = None
+        self.made: dict[str, object] = {}  # by backend; None where the module is not one for it
 
     def __getstate__(self) -> dict:
-        return {"pool": self.pool, "state": self.state, "groups": None}  # groups hold addresses
+        return {"pool": self.pool, "state": self.state, "made": {}}  # it holds addresses
 
-    def runs(self, x: Tensor) -> bool:
-        """Whether x [rows, tokens, features] is a step that this path may take: decoding, or where it is the
-        fastest prefill too."""
-        return (
-            x.device.type == "cpu"
-            and self.state.lease is None  # groups read the pool itself, whatever a lease holds
-            and (x.shape[0] * x.shape[1] <= MOST_TOKENS or self.has_tiles(x.dtype))
-            and not (torch.is_grad_enabled() and (x.requires_grad or self.pool.owner is not None))
-            and not torch.is_autocast_enabled("cpu")
-            and dispatch.select(x, self.pool.backend) == "cpu"
-        )
+    def backend(self, x: Tensor) -> str | None:
+        """Which path x [rows, tokens, features] may take: "gpu", or "cpu" when decoding and where that is the
+        fastest prefill too. None: the module's own forward."""
+        learning = torch.is_grad_enabled() and (x.requires_grad or self.pool.owner is not None)
+        if learning or torch.is_autocast_enabled(x.device.type):
+            return None
+        backend = dispatch.select(x, self.pool.backend)
+        if backend == "gpu":
+            return backend
+        few = x.shape[0] * x.shape[1] <= MOST_TOKENS or self.has_tiles(x.dtype)
+        # groups of linears read the pool itself, whatever a lease holds
+        return backend if backend == "cpu" and few and self.state.lease is None else None
 
     def has_tiles(self, dtype: torch.dtype) -> bool:
         """Whether weights and factors are multiplied on AMX tiles, at any number of tokens."""
         factors = self.pool.factors[0].A.dtype if self.state.routing is not None else dtype
         return dtype is factors is torch.bfloat16 and dispatch.has_tiles()
-
-    def rotation(self, cos: Tensor, sin: Tensor) -> Rotation:
-        """The angles of a step, made once for all layers."""
-        known = self.state.rotation
-        if known is None or known.given[0] is not cos or known.given[1] is not sin:
-            known = self.state.rotation = Rotation(cos, sin)
-        return known
 
 
 def hooked(modules: tuple[nn.Module, ...]) -> bool:
@@ -233,18 +273,18 @@ def hooked(modules: tuple[nn.Module, ...]) -> bool:
 
 
 class FastDecoderLayer(Swapped):
-    """A decoder layer that decodes as the module's docstring says."""
+    """A decoder layer whose linears run as `CpuLayer` or `GpuLayer` say."""
 
     fast: FastPath
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        if torch.compiler.is_compiling() or args or not self._runs(hidden_states, kwargs):
+        compiling = torch.compiler.is_compiling()
+        linears = None if compiling or args else self._linears(hidden_states, kwargs)
+        if linears is None:
             return super().forward(hidden_states, *args, **kwargs)
         shape, attention = hidden_states.shape, self.self_attn
-        qkv, tail = self.fast.groups
         x = hidden_states.reshape(-1, shape[-1]).contiguous()
-        step = self.fast.state.step(self.fast.pool, shape[0], x.shape[0])
-        parts = qkv(x, routing=step, rotation=self.fast.rotation(*kwargs["position_embeddings"]))
+        parts, step = linears.heads(x, shape[0], *kwargs["position_embeddings"])
         heads = (*shape[:2], -1, attention.head_dim)
         q, k, v = (part.view(heads).transpose(1, 2) for part in parts)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
@@ -252,26 +292,30 @@ class FastDecoderLayer(Swapped):
             k, v = updated(cache, k, v, attention.layer_idx, kwargs)
         attend, mask = ALL_ATTENTION_FUNCTIONS["sdpa"], kwargs.get("attention_mask")
         mixed, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling)
-        return tail(mixed.reshape(x.shape[0], -1).contiguous(), x, step).view(shape)
+        return linears.tail(mixed.reshape(x.shape[0], -1).contiguous(), x, step).view(shape)
 
-    def _runs(self, x: Tensor, kwargs: dict) -> bool:
-        if not self.fast.runs(x):
-            return False
-        if self.fast.groups is None:
-            self._build()
-        if not self.fast.groups or (any(self.fast.hooks) and hooked(self.fast.inner)):
-            return False
+    def _linears(self, x: Tensor, kwargs: dict) -> CpuLayer | GpuLayer | None:
+        """What runs the linears of this call; None: the layer's own forward."""
+        backend = self.fast.backend(x)
+        if backend is None:
+            return None
+        if backend not in self.fast.made:
+            self._build(backend)
+        linears = self.fast.made[backend]
+        if linears is None or (any(self.fast.hooks) and hooked(self.fast.inner)):
+            return None
         cos, _ = kwargs.get("position_embeddings") or (None, None)
-        return (
+        fits = (
             cos is not None
-            and cos.dtype is x.dtype is self.fast.groups[0].dtype
+            and cos.dtype is x.dtype is linears.dtype
             and cos.shape[-1] == self.self_attn.head_dim
             and self.self_attn.config._attn_implementation == "sdpa"
             and not kwargs.get("output_attentions")
             and not (torch.is_grad_enabled() and any(w.requires_grad for w in self.fast.weights))
         )
+        return linears if fits else None
 
-    def _build(self) -> None:
+    def _build(self, backend: str) -> None:
         attention, mlp = self.self_attn, self.mlp
         norms = self.input_layernorm, self.post_attention_layernorm
         linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
@@ -280,21 +324,13 @@ class FastDecoderLayer(Swapped):
         inner = self.fast.inner = (attention, mlp, mlp.act_fn, *norms, *linears, *bases)
         self.fast.hooks = [h for m in inner for h in (m._forward_pre_hooks, m._forward_hooks)]
         self.fast.weights = [p for module in (*bases, *norms) for p in module.parameters()]
-        plain = all(type(base) is nn.Linear for base in bases) and type(mlp.act_fn).__name__.startswith(
-            "SiLU"
-        )
-        if not plain or len({p.dtype for p in self.fast.weights}) != 1:
-            self.fast.groups = ()
-            return
-        parts = [(m.weight, m.bias, m.factors if isinstance(m, MixtureLinear) else None) for m in linears]
-        eps, weights = [norm.variance_epsilon for norm in norms], [norm.weight for norm in norms]
-        tail = LayerTail(
-            LinearGroup(parts[3:4]),
-            LinearGroup(parts[4:6], prologue="rms_norm", norm_weight=weights[1], eps=eps[1]),
-            LinearGroup(parts[6:], prologue="silu_mul"),
-        )
-        qkv = LinearGroup(parts[:3], prologue="rms_norm", norm_weight=weights[0], eps=eps[0])
-        self.fast.groups = qkv, tail
+        plain = all(is_dense(base) for base in bases) and len({p.dtype for p in self.fast.weights}) == 1
+        made = None
+        if plain and type(mlp.act_fn).__name__.startswith("SiLU"):
+            made = {"cpu": CpuLayer, "gpu": GpuLayer}[backend](
+                attention, mlp, norms, self.fast.pool, self.fast.state
+            )
+        self.fast.made[backend] = made
 
 
 class FastHead(Swapped):
@@ -307,12 +343,13 @@ class FastHead(Swapped):
             torch.compiler.is_compiling()
             or x.dim() != 3
             or x.dtype != self.weight.dtype
-            or not self.fast.runs(x)
+            or not is_plain(self.weight)
+            or self.fast.backend(x) != "cpu"
         ):
             return super().forward(x)
-        if self.fast.groups is None:
-            self.fast.groups = (LinearGroup([(self.weight, self.bias, None)]),)
-        (y,) = self.fast.groups[0](x.reshape(-1, x.shape[-1]).contiguous())
+        if "cpu" not in self.fast.made:
+            self.fast.made["cpu"] = LinearGroup([(self.weight, self.bias, None)])
+        (y,) = self.fast.made["cpu"](x.reshape(-1, x.shape[-1]).contiguous())
         return y.view(*x.shape[:-1], -1)
 
 

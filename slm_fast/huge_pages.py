@@ -43,7 +43,11 @@ def moved(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def to_huge_pages(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Move parameters, which stay the same objects. Groups of them share a mapping, so few pages are cut."""
+    """Move parameters, which stay the same objects. Groups of them share a mapping, so few pages are cut.
+
+    Those of a class of their own, as quantised weights are, stay where they are.
+    """
+    parameters = [p for p in parameters if type(p) is torch.nn.Parameter]
     group: list[torch.nn.Parameter] = []
     for i, parameter in enumerate(parameters):
         group.append(parameter)

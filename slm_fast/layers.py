@@ -24,6 +24,26 @@ class Packing(NamedTuple):
     num_tokens: int
 
 
+class Operands(NamedTuple):
+    """How the running batch's mixtures are added to a linear: an op of `ops`, and what it reads.
+
+    op: "fused_linear", whose rank columns are the pool's first `rows` slab rows and whose routing is
+    (row_entry, scaling, weights, cu_seqlens); "segment_linear" or "mixture" after the linear, which gather
+    the rows' picks: (start, rank, scaling, indices, weights, cu_seqlens).
+    """
+
+    op: str
+    pool: "KnowledgePool | Slabs"
+    routing: tuple
+    max_rank: int | None  # None: not gathered
+
+    def slabs(self, linear: "MixtureLinear") -> tuple[Tensor, Tensor]:
+        """A and B of a linear."""
+        factors = self.pool.factors[linear.index]
+        rows = slice(self.pool.num_rows if self.max_rank is None else None)
+        return factors.A[rows], factors.B[rows]
+
+
 class RoutingState:
     """What a model's layers read: the routing of the running batch, or None for the frozen model.
 
@@ -35,7 +55,7 @@ class RoutingState:
         self.packing: Packing | None = None  # None where all rows have the same number of tokens
         self.resident: ResidentPool | None = None
         self.lease: Lease | None = None
-        self.rotation = None  # of the running step, see `fast_forward.FastPath`
+        self.rotation = None  # of the running step, see `cpu_layer`
         self._made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
         self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 
@@ -58,6 +78,28 @@ class RoutingState:
         if num_tokens != self.packing.num_tokens:
             raise ValueError(f"the batch has {num_tokens} tokens, its packing {self.packing.num_tokens}")
         return self.packing.cu_seqlens
+
+    def operands(
+        self, pool: KnowledgePool, x: Tensor, rows: int, out_features: int, plain: bool = True
+    ) -> Operands:
+        """For a linear, or several at once, at x [tokens, in_features] of a batch of `rows` rows; `plain`:
+        one kernel may compute linear and mixture.
+
+        Raises ValueError on another batch than the routing was made for.
+        """
+        routing = self.routing
+        if self.lease is not None:
+            pool, routing = self.lease.pool, self.lease.routing
+        cu_seqlens, op = self.cu_seqlens(rows, x.shape[0]), "mixture"
+        if plain:
+            op = dispatch.linear_op(x, routing.indices.shape[0], pool.num_rows, x.shape[1], out_features)
+        if op == "fused_linear":
+            weights = self.dense(pool.scaling.shape[0])
+            return Operands(
+                op, pool, (pool.row_entry[: pool.num_rows], pool.scaling, weights, cu_seqlens), None
+            )
+        gathered = (pool.start, pool.rank, pool.scaling, *routing[:2], cu_seqlens)
+        return Operands(op, pool, gathered, pool.max_rank)
 
     def dense(self, num_entries: int) -> Tensor:
         """The running batch's weights as a matrix [rows, num_entries], made once for all layers."""
@@ -121,7 +163,7 @@ class MixtureLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self._shared = (pool.factors[index], pool, state)
-        self._index = index
+        self.index = index
 
     @property
     def factors(self) -> Factors:
@@ -143,65 +185,65 @@ class MixtureLinear(nn.Module):
     def out_features(self) -> int:
         return self.base_layer.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, u: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """y, plus `residual` if given.  u: made with x by `ops.silu_mul_shrink`, for the same operands."""
         factors, pool, state = self._shared
-        routing = state.routing
-        if routing is None:
-            return self.base_layer(x)
-        if state.lease is not None:
-            pool, routing = state.lease.pool, state.lease.routing
-            factors = pool.factors[self._index]
+        if state.routing is None:
+            return self.base_layer(x) if residual is None else residual + self.base_layer(x)
         flat = x.reshape(-1, x.shape[-1])
-        rows, cu_seqlens = routing.indices.shape[0], state.cu_seqlens(x.shape[0], flat.shape[0])
-        owned = {"A_owned": factors.A_owned, "B_owned": factors.B_owned, "owned": factors.owned}
-        op = self._op(flat, rows, pool)
-        if op == "fused_linear":
-            used = slice(pool.num_rows)
-            y = ops.fused_linear(
-                flat,
-                self.weight,
-                self.bias,
-                factors.A[used],
-                factors.B[used],
-                pool.row_entry[used],
-                pool.scaling,
-                state.dense(pool.scaling.shape[0]),
-                cu_seqlens,
-                **owned,
-                backend=pool.backend,
-            )
+        mixed = state.operands(pool, flat, x.shape[0], self.out_features, self._plain(flat, pool))
+        A, B = mixed.slabs(self)
+        settings = {"u": u, "backend": mixed.pool.backend}
+        if state.lease is None:
+            settings |= {"A_owned": factors.A_owned, "B_owned": factors.B_owned, "owned": factors.owned}
+        if mixed.op == "fused_linear":
+            settings["residual"] = None if residual is None else residual.reshape(len(flat), -1)
+            y = ops.fused_linear(flat, self.weight, self.bias, A, B, *mixed.routing, **settings)
+        elif mixed.op == "segment_linear":
+            settings["max_rank"] = mixed.max_rank
+            settings["residual"] = None if residual is None else residual.reshape(len(flat), -1)
+            y = ops.segment_linear(flat, self.weight, self.bias, A, B, *mixed.routing, **settings)
         else:
-            gathered = (factors.A, factors.B, pool.start, pool.rank, pool.scaling, *routing[:2], cu_seqlens)
-            owned |= {"max_rank": pool.max_rank, "backend": pool.backend}
-            if op == "segment_linear":
-                y = ops.segment_linear(flat, self.weight, self.bias, *gathered, **owned)
-            else:
-                y = self.base_layer(flat)
-                y = ops.mixture(y, flat if flat.dtype == y.dtype else flat.to(y.dtype), *gathered, **owned)
+            y, settings["max_rank"] = self.base_layer(flat), mixed.max_rank
+            y = y if residual is None else residual.reshape(y.shape) + y
+            flat = flat if flat.dtype == y.dtype else flat.to(y.dtype)
+            y = ops.mixture(y, flat, A, B, *mixed.routing, **settings)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _op(self, x: Tensor, rows: int, pool: KnowledgePool | Slabs) -> str:
-        """The op for x [tokens, in_features]: one kernel for the linear and the mixture, or `mixture` alone.
-
-        One kernel needs a plain frozen linear on a GPU.
-        """
-        plain = (
+    def _plain(self, x: Tensor, pool: KnowledgePool) -> bool:
+        """Whether one kernel may compute linear and mixture: a frozen dense linear on a GPU."""
+        return (
             dispatch.select(x, pool.backend) == "gpu"
-            and type(self.base_layer) is nn.Linear
+            and is_dense(self.base_layer)
             and self.weight.dtype == x.dtype
             and not (torch.is_autocast_enabled(x.device.type) or self.weight.requires_grad)
         )
-        sizes = (pool.num_rows, self.in_features, self.out_features)
-        return dispatch.linear_op(x, rows, *sizes) if plain else "mixture"
+
+
+def is_plain(weight) -> bool:
+    """Whether a weight holds numbers where its address says, not packed ones in a tensor class of its own."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Whether a module is a linear whose weight kernels may read. Others, quantised ones, run as they are."""
+    return type(module) is nn.Linear and is_plain(module.weight)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module can get a mixture: it has sizes, and a weight or, as GPTQ's, packed tensors of its own
+    under other names."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return False
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return hasattr(module, "weight") or len(own) > 0
 
 
 def target_linears(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
     """The linears of `base` that get a mixture, by name. Raises ValueError when a target matches none."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     linears = {
-        name: module
-        for name, module in base.named_modules()
-        if hasattr(module, "in_features") and hasattr(module, "weight") and module is not head
+        name: module for name, module in base.named_modules() if _is_linear(module) and module is not head
     }
     if target_modules == "all-linear":
         backbone = getattr(base, "base_model", base)

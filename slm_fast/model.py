@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from slm_fast.fast_forward import patch_model, unpatch_model
 from slm_fast.layers import checkpoint_contexts, default_pool
 from slm_fast.loading import load_tokenizer, with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
+from slm_fast.prompts import encode_prompts
 from slm_fast.resident import ResidentPool
-from slm_fast.router import Router, num_rows
+from slm_fast.router import Router, rows_of
 from slm_fast.routing import Routing
 from slm_fast.storage import load_pool, save_pool
 
@@ -164,6 +166,20 @@ class SLMModel(nn.Module):
         """Retrieve every text's entries and weights; `task` (one, or one per row) restricts them."""
         return self.pool.search(self.router.queries(texts, embeddings, progress), task)
 
+    def route_ahead(
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        task: str | Sequence[str | None] | None = None,
+    ) -> "Future[Routing]":
+        """`route` in a thread of its own, to be passed on as `routing=`: meanwhile the caller may tokenise.
+
+        Resident factors (`keep_resident`) are copied in at once. Errors are raised by the call that takes the
+        routing. The pool must not change before.
+        """
+        return self.router.ahead(texts, embeddings, task, self.state.resident)
+
     def explain(self, texts: Sequence[str] | None = None, *, routing: Routing | None = None) -> list[dict]:
         """For each row: the task with the largest mass, the mass of every task, and the picked entries."""
         if routing is None:
@@ -205,15 +221,22 @@ class SLMModel(nn.Module):
         num_items_in_batch=None,
         **kwargs,
     ):
-        """The base model's forward with every row's mixture; see the class for the routing arguments."""
+        """The base model's forward with every row's mixture; see the class for the routing arguments.
+
+        With `cu_seq_lens_q=`, as in transformers' batches without padding, the rows are the sequences packed
+        into a batch [1, T]; no cache is made then unless `use_cache=True` asks for it.
+        """
         unknown = sorted(set(kwargs) - self._forward_names)
         if unknown:
             raise ValueError(f"unexpected keyword arguments: {', '.join(unknown)}")
         sources = {"texts": texts, "embeddings": embeddings, "routing": routing}
         sources |= {"adapter_names": adapter_names, "task": task}
-        routing = self._resolve(num_rows(args, kwargs), **sources)
-        with self.state.use(routing):
+        rows, packing = rows_of(args, kwargs)
+        routing = self._resolve(rows, **sources)
+        with self.state.use(routing, packing):
             if task is not None and self.pool.task(task).labels is not None:
+                if packing is not None:
+                    raise ValueError(f"the head of task {task!r} takes no packed sequences (cu_seq_lens_q)")
                 return self._classify(task, labels, num_items_in_batch, *args, **kwargs)
             if labels is not None:
                 kwargs["labels"] = labels
@@ -236,8 +259,39 @@ class SLMModel(nn.Module):
         """The base model's `generate`, with any generation config; rows are routed as in `forward`."""
         sources = {"texts": texts, "embeddings": embeddings, "routing": routing}
         sources |= {"adapter_names": adapter_names, "task": task}
-        with self.state.use(self._resolve(num_rows((inputs,), kwargs), **sources)):
+        rows, _ = rows_of((inputs,), kwargs)
+        with self.state.use(self._resolve(rows, **sources)):
             return self.base_model.generate(inputs, **kwargs)
+
+    def generate_text(
+        self,
+        prompts: Sequence[str],
+        *,
+        texts: Sequence[str] | None = None,
+        max_length: int = 2048,
+        **kwargs,
+    ) -> list[str]:
+        """The completion of every prompt; rows are routed while the prompts are tokenised.
+
+        Rows are routed by `texts`, by default the prompts, or another source of `generate`, whose options
+        are taken too. Prompts go through the tokenizer's chat template where it has one; those of more than
+        `max_length` tokens are cut at their start. Return sequences of a prompt stand side by side.
+        """
+        prompts = check_texts(prompts)
+        if all(kwargs.get(name) is None for name in ("embeddings", "routing", "adapter_names")):
+            if self.pool.num_entries:
+                texts = prompts if texts is None else texts
+                kwargs["routing"] = self.route_ahead(texts, task=kwargs.pop("task", None))
+        elif texts is not None:
+            kwargs["texts"] = texts
+        tokenizer = self.require_tokenizer()
+        encoded = encode_prompts(tokenizer, prompts, max_length, self.is_seq2seq).to(self.device)
+        kwargs.setdefault("pad_token_id", tokenizer.pad_token_id)
+        out = self.generate(encoded["input_ids"], attention_mask=encoded["attention_mask"], **kwargs)
+        out = getattr(out, "sequences", out)
+        if not self.is_seq2seq:
+            out = out[:, encoded["input_ids"].shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     def generate_batch(
         self,
@@ -406,15 +460,30 @@ class SLMModel(nn.Module):
         save_pool(self.pool, self.base_model, directory, self.encoder.settings())
 
     @classmethod
-    def from_pretrained(cls, base_model: nn.Module, directory: str | Path, *, encoder=None, tokenizer=None):
+    def from_pretrained(
+        cls,
+        base_model: nn.Module,
+        directory: str | Path,
+        *,
+        encoder=None,
+        tokenizer=None,
+        slots: int | None = None,
+        memory: int | None = None,
+    ):
         """Load a saved pool onto its base model. `encoder` replaces the one whose name was saved.
 
+        With `slots` or `memory` the factors never leave the host as a whole: see `keep_resident`.
         Raises OSError on missing or damaged files and ValueError on another base; `base_model` is unchanged
         then.
         """
         pool = load_pool(base_model, directory)
         encoder = make_encoder(pool.config, encoder)
-        return cls(base_model, pool.config, pool, encoder, tokenizer)
+        if slots is None and memory is None:
+            return cls(base_model, pool.config, pool, encoder, tokenizer)
+        resident = ResidentPool(pool, slots, memory=memory)  # checks its sizes before the base is touched
+        model = cls(base_model, pool.config, pool, encoder, tokenizer)
+        model.state.resident = resident
+        return model
 
 
 def get_slm_model(

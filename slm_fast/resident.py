@@ -46,16 +46,23 @@ class Slabs:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def load(self, slots: list[int], entries: dict[int, Found]) -> None:
-        """Copy entries of the pool into slots, one each."""
+    def load(
+        self, slots: list[int], entries: dict[int, Found], other: "Slabs | None" = None, others=()
+    ) -> None:
+        """Copy entries of the pool into slots, one each; or from the slots `others` of `other` slabs, where
+        they are already."""
+        source = self.pool.factors if other is None else other.factors
+        begins = [begin for _, begin, _ in entries.values()]
+        if other is not None:
+            begins = [slot * other.max_rank for slot in others]
         places = [
             (slice(slot * self.max_rank, slot * self.max_rank + rank), slice(begin, begin + rank))
-            for slot, (_, begin, rank) in zip(slots, entries.values(), strict=True)
+            for slot, begin, (_, _, rank) in zip(slots, begins, entries.values(), strict=True)
         ]
-        for source, target in zip(self.pool.factors, self.factors, strict=True):
+        for own, target in zip(source, self.factors, strict=True):
             for to, rows in places:
-                target.A[to].copy_(source.A[rows], non_blocking=True)
-                target.B[to].copy_(source.B[rows], non_blocking=True)
+                target.A[to].copy_(own.A[rows], non_blocking=True)
+                target.B[to].copy_(own.B[rows], non_blocking=True)
         ranks = [rank for *_, rank in entries.values()]
         slot, entry, rank = uploaded([slots, list(entries), ranks], torch.int64, self.device)
         self.rank[slot] = rank.int()
@@ -149,21 +156,31 @@ class ResidentPool:
         found, picks = self._read(routing)
         with self._lock:
             slabs = self._fitted()
-            slots = self._seated(found)
-            if slots is None:
-                self.overflows += 1
-                self._count_bytes(found)
+            held = self._seated(found)
             if self._loaded is not None:
                 torch.cuda.current_stream(slabs.device).wait_event(self._loaded)
-        held = slots or []
-        if slots is None:
-            slots = list(range(len(found)))
-            slabs = Slabs(self.pool, len(found), slabs.max_rank, slabs.device)
-            slabs.load(slots, found)
+            if held is None:
+                self.overflows += 1
+                slabs = self._overflow(found)
+        slots = list(range(len(found))) if held is None else held
         places = dict(zip(found, slots, strict=True))
         indices = uploaded([places.get(pick, 0) for pick in picks], torch.int32, slabs.device)
         translated = routing.to(slabs.device)._replace(indices=indices.view(routing.indices.shape))
-        return Lease(slabs, translated, held, self)
+        return Lease(slabs, translated, held or [], self)
+
+    def prefetch(self, routing: Routing) -> None:
+        """Copy the entries of a coming batch into slots that no lease holds, as many as there is room for.
+
+        Nothing is held: what other batches need meanwhile may drive them out again. Raises as `acquire` does.
+        """
+        found, _ = self._read(routing)
+        with self._lock:
+            self._fitted()
+            known = {entry for entry, facts in found.items() if (entry, facts[0]) in self._slot_of}
+            room = len(self._idle) - sum(self._slot_of[e, found[e][0]] in self._idle for e in known)
+            missing = [entry for entry in found if entry not in known][:room]
+            kept = {entry: facts for entry, facts in found.items() if entry in known or entry in missing}
+            self._let_go(self._seated(kept), None)
 
     def forget(self) -> None:
         """Copy every entry again when it is next picked."""
@@ -239,6 +256,26 @@ class ResidentPool:
         self.hits, self.misses = self.hits + len(hits), self.misses + len(missing)
         return [slots[entry] for entry in found]
 
+    def _overflow(self, found: dict[int, Found]) -> Slabs:
+        """Slabs for one batch: entries that have a slot are copied from there, the others from the pool."""
+        home, slabs = self.slabs, Slabs(self.pool, len(found), self.slabs.max_rank, self.slabs.device)
+        number = {entry: place for place, entry in enumerate(found)}
+        seats = {
+            e: self._slot_of[e, facts[0]] for e, facts in found.items() if (e, facts[0]) in self._slot_of
+        }
+        for known in (True, False):
+            part = {entry: facts for entry, facts in found.items() if (entry in seats) == known}
+            if part and known:
+                slabs.load([number[e] for e in part], part, home, [seats[e] for e in part])
+            elif part:
+                slabs.load([number[e] for e in part], part)
+                self._count_bytes(part)
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(home.device)
+            for slot in seats.values():
+                self._done[slot][stream] = stream.record_event()
+        return slabs
+
     def _load(self, slots: list[int], entries: dict[int, Found]) -> None:
         self._count_bytes(entries)
         if self._stream is None:
@@ -262,13 +299,17 @@ class ResidentPool:
                 if lease._slots and lease._stream is not None:
                     lease._stream.synchronize()  # the slots were made again: their memory goes now
                 return
-            done = None if lease._stream is None else lease._stream.record_event()
-            for slot in lease._slots:
-                self._held[slot] -= 1
-                if done is not None:
-                    self._done[slot][lease._stream] = done
-                if not self._held[slot]:
-                    self._idle[slot] = None
+            self._let_go(lease._slots, lease._stream)
+
+    def _let_go(self, slots: list[int], stream: torch.cuda.Stream | None) -> None:
+        """Of a batch that ran on `stream`."""
+        done = None if stream is None else stream.record_event()
+        for slot in slots:
+            self._held[slot] -= 1
+            if done is not None:
+                self._done[slot][stream] = done
+            if not self._held[slot]:
+                self._idle[slot] = None
 
     def _width(self) -> int:
         return self.pool.max_rank or self.pool.config.r

@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from slm_fast.config import CONFIG_NAME, SLMConfig
+from slm_fast.layers import is_plain
 from slm_fast.pool import KnowledgePool
 
 FORMAT = 1
@@ -24,13 +25,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def base_fingerprint(base: nn.Module, module_names: list[str]) -> dict:
-    """What identifies the frozen base: its type, and 16 weights from each of up to 8 target linears."""
+    """What identifies the frozen base: its type, and 16 weights from each of up to 8 target linears that are
+    not quantised."""
     step = max(len(module_names) // 8, 1)
     probe = {}
     for name in module_names[::step][:8]:
         module = base.get_submodule(name)
-        weight = getattr(module, "base_layer", module).weight
-        if weight.is_floating_point():
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        if is_plain(weight) and weight.is_floating_point():
             flat = weight.detach().flatten()
             where = torch.arange(16, device=flat.device) * (flat.numel() // 16)
             probe[name] = [round(v, 8) for v in flat[where].float().tolist()]

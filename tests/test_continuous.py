@@ -415,7 +415,7 @@ def test_an_exception_in_a_step_reaches_the_caller(model, step, monkeypatch):
     threads = running_threads()
     with monkeypatch.context() as patched:
         patched.setattr(MixtureLinear, "forward", failing)
-        patched.setattr(FastPath, "runs", lambda *_: False)
+        patched.setattr(FastPath, "backend", lambda *_: None)
         with pytest.raises(RuntimeError, match="ArithmeticError: of this layer") as caught:
             model.generate_batch(inputs, adapter_names=["task0", "task1"], max_new_tokens=8)
     cause = caught.value.__cause__

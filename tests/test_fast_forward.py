@@ -3,9 +3,11 @@ import inspect
 import io
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import clustered_embeddings, tiny_base, tiny_model
+from test_model import merged
 
 from slm_fast import dispatch, fast_forward, get_slm_model, patch_model, unpatch_model
 from slm_fast.config import SLMConfig
@@ -63,7 +65,7 @@ def slow(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(FastPath, "runs", lambda *_: False)
+            patch.setattr(FastPath, "backend", lambda *_: None)
             return function()
 
     return run
@@ -170,6 +172,38 @@ def test_streaming_and_log_probabilities(calls, slow):
     assert calls and got[0].shape == (3, 6) and bool((got[0] < 0).all())
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def syllables() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the small models' 96 tokens, one or two letters each; it splits texts into letters."""
+    letters = "abcdefghijklmnopqrst"
+    words = ["<pad>", *letters, *(a + b for a in letters for b in letters)][:96]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_stop_strings_end_each_row_where_its_merged_model_stops(routed, calls):
+    model, tokenizer = tiny_model("llama"), syllables()
+    inputs, routing = left_padded(), routing_of(model)
+    source = {"routing": routing} if routed else {"adapter_names": ["__base__"] * 3}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    free = model.generate(**inputs, **source, **options)[:, 7:]
+    tokens = [tokenizer.convert_ids_to_tokens(row) for row in free.tolist()]
+    # from within a token of row 0 to the next one's end, two tokens of row 1, nothing of row 2
+    strings = [tokens[0][2][-1] + tokens[0][3], tokens[1][5] + tokens[1][6]]
+    stops = {"stop_strings": strings, "tokenizer": tokenizer}
+    out, lengths = model.generate(**inputs, **source, **stops, **options), []
+    for row in range(3):
+        alone = merged(model, routing, row, "llama") if routed else tiny_base("llama")
+        given = {name: value[row : row + 1] for name, value in inputs.items()}
+        want = alone.generate(**given, **stops, **options)[0]
+        lengths.append(len(want) - 7)
+        assert torch.equal(out[row, : len(want)], want) and not out[row, len(want) :].any()
+    assert calls and lengths == [4, 7, 8] and out.shape[1] - 7 == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import clustered_embeddings, tiny_model
 
-from slm_fast import KnowledgePool, Routing, SLMConfig, dispatch, ops, patch_model
+from slm_fast import KnowledgePool, Routing, SLMConfig, SLMModel, dispatch, ops, patch_model
 from slm_fast.layers import default_pool
 from slm_fast.resident import ResidentPool
 
@@ -78,7 +78,7 @@ def test_hits_misses_evictions_and_overflow_give_the_pools_mixtures():
     before = resident.bytes_copied
     check(resident, [0, 1, 2], [3, 5, 5])
     assert counts(resident) == (2, 8, 4, 1) and kept(resident) == {5, 6, 7, 8}
-    assert resident.bytes_copied == before + (3 + 2 + 3 + 2 + 2) * ROW_BYTES
+    assert resident.bytes_copied == before + (3 + 2 + 3 + 2) * ROW_BYTES  # entry 5 has a slot
     check(resident, [], [5])
     check(resident, [])
     assert counts(resident) == (3, 8, 4, 1)
@@ -612,3 +612,47 @@ def test_a_model_on_a_gpu_reads_its_slots():
     model.keep_resident()
     assert model.pool.factors[0].A.is_cuda
     assert torch.equal(logits(model, (0, 0)), logits(plain, (0, 0)))
+
+
+def test_an_overflow_copies_from_the_host_only_what_has_no_slot():
+    resident = ResidentPool(make_pool(), slots=2)
+    check(resident, [2, 5])
+    before = resident.bytes_copied
+    check(resident, [5, 0], [2, 1])
+    assert resident.overflows == 1 and kept(resident) == {2, 5}
+    assert resident.bytes_copied - before == (3 + 2) * ROW_BYTES  # entries 0 and 1
+
+
+def test_prefetched_entries_are_hits():
+    resident = ResidentPool(make_pool(), slots=3)
+    with resident.acquire(picking([0])):
+        resident.prefetch(picking([0, 1], [2, 3]))
+        assert kept(resident) == {0, 1, 2} and resident.misses == 3
+        copied = resident.bytes_copied
+        check(resident, [1, 2])
+        assert resident.bytes_copied == copied and resident.overflows == 0
+        resident.prefetch(picking([1, 2], [5, 5]))  # no room but in the place of what is wanted too
+        assert kept(resident) == {0, 1, 2}
+    check(resident, [4, 5])
+    assert len(kept(resident) & {4, 5}) == 2  # nothing is held
+
+
+def test_loading_onto_slots(tmp_path):
+    model = tiny_model("llama")
+    query = torch.stack([clustered_embeddings(t)[0] for t in range(3)])
+    ids = torch.randint(1, 96, (3, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(input_ids=ids, embeddings=query).logits
+    model.save_pretrained(tmp_path)
+    base = model.unload()
+    with pytest.raises(ValueError, match="slots must be"):
+        SLMModel.from_pretrained(base, tmp_path, slots=0)
+    loaded = SLMModel.from_pretrained(base, tmp_path, slots=6)
+    assert loaded.state.resident.num_slots == 6
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids, embeddings=query).logits, want, atol=1e-5)
+    ahead = loaded.route_ahead(embeddings=query)
+    assert torch.equal(ahead.result().indices, loaded.route(embeddings=query).indices)
+    assert loaded.state.resident.misses and not loaded.state.resident.overflows
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids, routing=ahead).logits, want, atol=1e-5)
