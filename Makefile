@@ -21,8 +21,9 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# A worker for each core, with one thread each: threads of two processes would wait for each other's turns.
 test: lint
-	.venv/bin/pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n auto
 
 audit: .venv/installed
 	env -u TRITON_INTERPRET .venv/bin/python benchmarks/audit.py

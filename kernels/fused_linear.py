@@ -57,7 +57,7 @@ from slm_fast.kernels.rank_space import (
     weighted,
 )
 
-REGISTERS, REGISTERS_OF_THREAD = 65536, 255  # of a multiprocessor
+REGISTERS, REGISTERS_OF_THREAD, FP32_REGISTERS = 65536, 255, 192  # the first: of a multiprocessor
 MAX_PARTS = 4
 SLOTS = [f"slot{i}" for i in range(MAX_PARTS)]
 
@@ -176,7 +176,7 @@ def _fused_linear_fwd_kernel(
                             tile_n -= tl.cdiv(features2, BLOCK_N)
                             begin += features2
                             features, slot, B_ptr = features3, slot3, B3_ptr
-    in_part = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_part = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n = begin + in_part
     in_x, in_y = tokens < num_tokens, in_part < features
 
@@ -201,7 +201,7 @@ def _fused_linear_fwd_kernel(
             if WEIGHT_IS_KN:
                 w_block = weight_ptr + k[:, None].to(tl.int64) * stride_w + n[None, :]
             else:
-                w_block = weight_ptr + n[None, :] * stride_w + k[:, None]
+                w_block = weight_ptr + n[None, :].to(tl.int64) * stride_w + k[:, None]
             w = tl.load(
                 w_block, mask=in_y[None, :] & (k < in_features)[:, None], other=0.0
             )  # [BLOCK_K, BLOCK_N]
@@ -379,10 +379,10 @@ def _fused_linear(
         t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, weight)
     )
     tiles = tiles | {"TMA": tma}
-    if x.dtype != torch.float32 or len(sizes) > 1:
-        # Shared memory decides how many blocks run at once. Told no limit of registers, ptxas picks one (64,
-        # 80, 168) that would let one more run, and spills to stay below it.
-        tiles.setdefault("maxnreg", min(REGISTERS // (32 * tiles["num_warps"]), REGISTERS_OF_THREAD))
+    # Shared memory decides how many blocks run at once. Told no limit of registers, ptxas picks one (64, 80,
+    # 168) that would let one more run, and spills to stay below it; fp32 tiles would fill any limit.
+    limit = FP32_REGISTERS if x.dtype == torch.float32 else REGISTERS_OF_THREAD
+    tiles.setdefault("maxnreg", min(REGISTERS // (32 * tiles["num_warps"]), limit))
     x_arg, weight_arg = x, weight
     if tma and num_programs:
         n, k = tiles["BLOCK_N"], tiles["BLOCK_K"]
