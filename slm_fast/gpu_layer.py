@@ -33,10 +33,6 @@ class StackedLinears:
         self._parameters = [p for linear in self.linears for p in linear.parameters(recurse=False)]
         self._places: list[int] = []
 
-    @property
-    def stackable(self) -> bool:
-        return len({linear.bias is None for linear in self.linears}) == 1
-
     def tensors(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias), stacked again where a parameter has moved (`model.to`, another dtype)."""
         if [p.data_ptr() for p in self._parameters] != self._places:
