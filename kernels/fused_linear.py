@@ -158,11 +158,8 @@ def _fused_linear_fwd_kernel(
     within = program % (GROUP_M * tiles_n)
     tile_m, tile_n = group * GROUP_M + within % group_rows, within // group_rows
     tokens = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    begin, features, slot = (
-        tile_n * 0,
-        features0,
-        slot0,
-    )  # of the tile's part, whose tile it is then counted as
+    # Of the tile's part; `tile_n` then counts the tiles of that part.
+    begin, features, slot = tile_n * 0, features0, slot0
     if PARTS > 1:
         if tile_n >= tl.cdiv(features0, BLOCK_N):
             tile_n -= tl.cdiv(features0, BLOCK_N)

@@ -325,6 +325,8 @@ class FastDecoderLayer(Swapped):
         self.fast.hooks = [h for m in inner for h in (m._forward_pre_hooks, m._forward_hooks)]
         self.fast.weights = [p for module in (*bases, *norms) for p in module.parameters()]
         plain = all(is_dense(base) for base in bases) and len({p.dtype for p in self.fast.weights}) == 1
+        stacked = bases[:3], bases[4:6]  # those have a bias each, or none
+        plain = plain and all(len({base.bias is None for base in group}) == 1 for group in stacked)
         made = None
         if plain and type(mlp.act_fn).__name__.startswith("SiLU"):
             made = {"cpu": CpuLayer, "gpu": GpuLayer}[backend](

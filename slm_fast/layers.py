@@ -196,18 +196,18 @@ class MixtureLinear(nn.Module):
         settings = {"u": u, "backend": mixed.pool.backend}
         if state.lease is None:
             settings |= {"A_owned": factors.A_owned, "B_owned": factors.B_owned, "owned": factors.owned}
-        if mixed.op == "fused_linear":
-            settings["residual"] = None if residual is None else residual.reshape(len(flat), -1)
-            y = ops.fused_linear(flat, self.weight, self.bias, A, B, *mixed.routing, **settings)
-        elif mixed.op == "segment_linear":
+        if mixed.max_rank is not None:
             settings["max_rank"] = mixed.max_rank
-            settings["residual"] = None if residual is None else residual.reshape(len(flat), -1)
-            y = ops.segment_linear(flat, self.weight, self.bias, A, B, *mixed.routing, **settings)
-        else:
-            y, settings["max_rank"] = self.base_layer(flat), mixed.max_rank
-            y = y if residual is None else residual.reshape(y.shape) + y
+        residual = None if residual is None else residual.reshape(len(flat), -1)
+        if mixed.op == "mixture":
+            y = self.base_layer(flat)
+            y = y if residual is None else residual + y
             flat = flat if flat.dtype == y.dtype else flat.to(y.dtype)
             y = ops.mixture(y, flat, A, B, *mixed.routing, **settings)
+        else:
+            linear = ops.fused_linear if mixed.op == "fused_linear" else ops.segment_linear
+            settings["residual"] = residual
+            y = linear(flat, self.weight, self.bias, A, B, *mixed.routing, **settings)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _plain(self, x: Tensor, pool: KnowledgePool) -> bool:

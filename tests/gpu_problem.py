@@ -1,5 +1,6 @@
 """An op and its inputs, its own yardstick in another dtype: what test_gpu.py runs at sizes to fill a card."""
 
+import contextlib
 import copy
 
 import torch
@@ -151,3 +152,13 @@ def verify(problem):
     outputs = forward(problem)
     for g, w, s in zip(outputs, exact, same):  # noqa: B905 (outputs alone)
         assert_close(g, w, s, DTYPE)
+
+
+@contextlib.contextmanager
+def waiting_is_an_error():
+    """Inside, whatever makes the host wait for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE, clustered_embeddings, tiny_model
-from gpu_problem import DTYPE, LINEARS, OPS, SQUARE, Problem, forward, verify
+from gpu_problem import DTYPE, LINEARS, OPS, SQUARE, Problem, forward, verify, waiting_is_an_error
 from test_ops import assert_close
 from test_ops_key_search import name_of
 
@@ -191,15 +191,6 @@ def test_nothing_compiles_after_a_warm_up(op, rank):
             lengths = batches(count, rng.choice(("single", "one row", "ragged")))
             run_both(op, lengths, rng.randint(1, 60), rank, seed=count)
     assert names == []
-
-
-@contextlib.contextmanager
-def waiting_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("lengths", ["8 rows", "ragged", "prefill"])

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from conftest import DEVICE, tiny_model
-from gpu_problem import DTYPE
+from gpu_problem import DTYPE, waiting_is_an_error
 from test_step_graphs import NEW, batch, cache_of, placed, prefilled, routing_of
 from transformers import PreTrainedModel
 
@@ -83,15 +83,6 @@ def test_logits_are_those_without_graphs(graphs, model, rows):
         error, allowed = (got - want).abs().max(), (ordinary - want).abs().max()
         assert error <= 2 * allowed + 1e-2 * want.abs().max()
     assert (graphs.captured, graphs.replayed) == (1, 12) and call.caches.kept.rows == bucket_of(rows)
-
-
-@contextlib.contextmanager
-def waiting_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_host_never_waits(graphs, model):

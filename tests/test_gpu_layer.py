@@ -87,6 +87,13 @@ def test_prefill_and_decoding_are_those_of_the_ordinary_layers(family, targets, 
         torch.testing.assert_close(a, b, **CHECK)
 
 
+def test_linears_of_which_some_have_a_bias_run_one_by_one(ran):
+    model, inputs = gpu_model("qwen2"), on_device(left_padded())
+    model.base_model.model.layers[0].self_attn.q_proj.base_layer.bias = None
+    logits(model, **inputs, routing=routing_of(model))
+    assert ran.count("rotary_") == 1  # the other layer
+
+
 def logits(model, **inputs):
     with torch.no_grad():
         return model(**inputs).logits
