@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", default="slm,oracle,sequential")
+    parser.add_argument("--methods", default="slm,oracle,seq")
     parser.add_argument("--routing-only", action="store_true")
     args = parser.parse_args()
     began = time.perf_counter()
@@ -138,7 +138,7 @@ def main() -> None:
             gap = methods["oracle"]["average_accuracy"] - methods["slm"]["average_accuracy"]
             print(f"told the task minus no task id: {100 * gap:.2f} points")
         write_reports([report], args.output, "Five text-classification tasks", time.perf_counter() - began)
-        del report["requests"]
+        report.pop("requests", None)
         report["base"]["model"] = "all-MiniLM-L6-v2"
         report["settings"]["sources"] = {task.name: "bert5" for task in tasks}
         report["settings"]["encoder_name_or_path"] = "all-MiniLM-L6-v2"

@@ -5,70 +5,217 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from slm_fast.config import KEY_METHODS, METRICS, SLMConfig
 
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+# Of `learn` where neither an option nor a benchmark says otherwise.
+DEFAULTS = dict(
+    base="minilm",
+    encoder="minilm",
+    target=None,
+    rank=8,
+    entries=4,
+    top_k=4,
+    epochs=2,
+    learning_rate=2e-3,
+    batch_size=16,
+    max_length=128,
+)
+
 
 def _learn(args) -> int:
-    from slm_fast.continual.runner import ContinualRunner, write_reports
-    from slm_fast.continual.tasks import load_tasks
+    from slm_fast.continual.runner import write_reports
+    from slm_fast.continual.tables import format_comparison, mean_over_runs, measured, repeated_runs
+
+    args = _with_defaults(args)
+    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else [args.seed]
+    runs = [(order, seed) for order in _orders(args) for seed in seeds]
+    began, reports = time.perf_counter(), []
+    for order, seed in runs:
+        folder = Path(args.output)
+        if len(runs) > 1:
+            folder /= f"order{order}-seed{seed}" if order else f"seed{seed}"
+        reports.append(_learn_once(args, order, seed, folder))
+        print_run(reports[-1])
+        print(f"\nmodel:  {folder / 'slm'}")
+    for group in repeated_runs(reports):
+        print(f"\nmean ± standard deviation over {len(group)} runs")
+        print(format_comparison(mean_over_runs([run | {"methods": measured(run)} for run in group])))
+    title = f"Continual learning: {args.benchmark}" if args.benchmark else "Continual learning"
+    _, page = write_reports(reports, args.output, title, time.perf_counter() - began)
+    print(f"\nreport: {page}, with report.json, report.md and report.tex beside it")
+    return 0
+
+
+def _learn_once(args, order: str | None, seed: int, folder: Path) -> dict:
+    """Learn the tasks in one order with one seed; the run's report."""
+    from slm_fast.continual.benchmarks import BENCHMARKS, answer_tokens, score_names
+    from slm_fast.continual.probes import check_probes, probe
+    from slm_fast.continual.runner import ContinualRunner
     from slm_fast.loading import load_base
     from slm_fast.model import get_slm_model
     from slm_fast.trainer import default_arguments
 
-    tasks = load_tasks(args.data, args.tasks.split(",") if args.tasks else None)
-    tasks = [task.subset(args.max_train, args.max_test, args.seed) for task in tasks]
+    training = default_arguments(
+        str(folder),
+        num_train_epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        per_device_train_batch_size=args.batch_size,
+        seed=seed,
+        report_to=_reporters(args.report_to),
+    )
     base, tokenizer = load_base(args.base)
-    config = SLMConfig(
+    model = get_slm_model(base, _config(args), tokenizer=tokenizer)
+    tasks, probes = _tasks(args, order, seed, model.can_generate)
+    check_probes(probes, [task.name for task in tasks], model.can_generate)
+    limits = dict(max_length=args.max_length, max_new_tokens=answer_tokens(tokenizer, tasks + probes))
+    options = dict(methods=args.methods.split(","), evaluate=args.evaluate, seed=seed)
+    runner = ContinualRunner(model, tasks, training, output_dir=folder, **options, **limits)
+    name = Path(str(args.base)).name
+    if args.benchmark:
+        name = f"{args.benchmark}, order {order}, seed {seed}, {name}"
+    with _tensorboard_folder(folder):
+        report = runner.fit().report(name)
+    if args.benchmark:
+        report["settings"] = report["settings"] | {
+            "benchmark": args.benchmark,
+            "order": order,
+            "hyper-parameters": args.hyperparameters,
+            "scores": score_names(tasks, BENCHMARKS[args.benchmark].scoring),
+        }
+    if probes:
+        report["probes"] = probe(model, probes, **limits)
+    return report
+
+
+def _config(args) -> SLMConfig:
+    return SLMConfig(
         r=args.rank,
         target_modules=args.target if args.target == "all-linear" else args.target and args.target.split(","),
         metric=args.metric,
         key_method=args.keys,
         top_k=args.top_k,
         entries_per_task=args.entries,
+        min_similarity=args.min_similarity,
         encoder_name_or_path=args.encoder,
     )
-    model = get_slm_model(base, config, tokenizer=tokenizer)
-    training = default_arguments(
-        args.output,
-        num_train_epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        per_device_train_batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    began = time.perf_counter()
-    methods = tuple(args.methods.split(","))
-    runner = ContinualRunner(
-        model,
-        tasks,
-        training,
-        output_dir=args.output,
-        methods=methods,
-        max_length=args.max_length,
-        seed=args.seed,
-    )
-    report = runner.fit().report(Path(str(args.base)).name)
-    print_run(report)
-    _, page = write_reports([report], args.output, "Continual learning", time.perf_counter() - began)
-    print(f"\nreport: {page}\nmodel:  {Path(args.output) / 'slm'}")
-    return 0
+
+
+def _tasks(args, order: str | None, seed: int, generates: bool) -> tuple[list, list]:
+    """The tasks to learn and the probes; prints what they are and where they come from."""
+    from slm_fast.continual.benchmarks import BENCHMARKS, load_benchmark, task_table
+    from slm_fast.continual.sources import load_source
+    from slm_fast.continual.tables import format_table
+    from slm_fast.continual.tasks import load_tasks
+
+    limits = dict(max_train=args.max_train, max_test=args.max_test, seed=seed)
+    names = args.tasks.split(",") if args.tasks else None
+    data, scoring = None, None
+    if args.benchmark:
+        benchmark, data = BENCHMARKS[args.benchmark], args.data
+        scoring = benchmark.scoring
+        print(f"{args.benchmark}, order {order}. {benchmark.description}")
+        tasks = load_benchmark(args.benchmark, order, data, tasks=names, generates=generates, **limits)
+    else:
+        tasks = [task.subset(**limits) for task in load_tasks(args.data or "docs", names)]
+    probed = args.probes.split(",") if args.probes else []
+    probes = [load_source(name, data, generates=generates, **limits) for name in probed]
+    print(format_table(task_table(tasks + probes, scoring)), flush=True)
+    return tasks, probes
+
+
+def _with_defaults(args) -> argparse.Namespace:
+    """The arguments, with the benchmark's hyper-parameters, or our defaults, where nothing was given."""
+    from slm_fast.continual.benchmarks import find_benchmark
+
+    defaults = DEFAULTS
+    if args.benchmark:
+        defaults = find_benchmark(args.benchmark).hyperparameters(args.hyperparameters)
+    elif args.order:
+        raise ValueError("--order needs --benchmark; --tasks gives the order of other tasks")
+    given = {name: value for name, value in vars(args).items() if value is not None or name not in defaults}
+    return argparse.Namespace(**(defaults | given))
+
+
+def _orders(args) -> list[str | None]:
+    if not args.benchmark:
+        return [None]
+    from slm_fast.continual.benchmarks import BENCHMARKS, tasks_in_order
+
+    known = list(BENCHMARKS[args.benchmark].orders)
+    if args.order is None or args.order == "all":
+        return known if args.order else known[:1]
+    for order in (orders := args.order.split(",")):
+        tasks_in_order(args.benchmark, order)  # an unknown one is an error before the first run
+    return orders
+
+
+def _reporters(names: str | None) -> list[str]:
+    """Names for the Trainer's `report_to`. Raises ValueError on one that transformers does not find."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    wanted, available = names.split(",") if names else [], get_available_reporting_integrations()
+    for name in wanted:
+        if name not in available:
+            found = ", ".join(available) or "none"
+            raise ValueError(f"--report-to {name}: not installed, or unknown to transformers; found: {found}")
+    return wanted
+
+
+@contextmanager
+def _tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Inside, TensorBoard's files go to the run's folder, unless the environment says where.
+
+    The Trainer's own choice is beside its checkpoints, which are deleted when a task has been learnt.
+    """
+    if TENSORBOARD in os.environ:
+        yield
+        return
+    os.environ[TENSORBOARD] = str(folder / "tensorboard")
+    try:
+        yield
+    finally:
+        del os.environ[TENSORBOARD]
+
+
+def _floor(text: str) -> float | str:
+    """A number, or a word that `SLMConfig` may know."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def print_run(report: dict) -> None:
-    """Print a run's matrices, their summary and the routing accuracy."""
-    from slm_fast.continual.report import format_comparison, format_matrix
+    """Print a run's matrices, their summary, the routing accuracy and the probes."""
+    from slm_fast.continual.tables import (
+        format_comparison,
+        format_matrix,
+        format_table,
+        measured,
+        probe_table,
+        probe_title,
+    )
 
     for method in report["methods"].values():
         print(f"\n{method['label']}: score on each task (column) after learning each task (row), %")
         print(format_matrix(report["tasks"], method["matrix"]))
     print()
-    print(format_comparison(report["methods"]))
-    accuracy = ", ".join(f"{task} {value:.1%}" for task, value in report["routing"]["accuracy"].items())
-    print(f"\nrouting accuracy, one query at a time: {accuracy}")
+    print(format_comparison(measured(report)))
+    if report.get("routing"):
+        accuracy = ", ".join(f"{task} {value:.1%}" for task, value in report["routing"]["accuracy"].items())
+        print(f"\nrouting accuracy, one query at a time: {accuracy}")
+    if report.get("probes"):
+        print(f"\n{probe_title(report['probes'])}")
+        print(format_table(probe_table(report["probes"])))
 
 
 def print_answers(answers: list[dict]) -> None:
@@ -179,11 +326,26 @@ def _parser() -> argparse.ArgumentParser:
 
     learn = commands.add_parser("learn", help="learn tasks in sequence and write a report")
     learn.add_argument(
-        "--data", default="docs", help='folder of JSON lines, "docs", "chat", or hub:NAME (default: docs)'
+        "--data",
+        help='folder of JSON lines, "docs", "chat", or hub:NAME (default: docs); with --benchmark the data '
+        "folder (default: SLM_FAST_DATA, else the Hub)",
     )
-    learn.add_argument("--tasks", help="names of the tasks, in order, separated by commas")
-    learn.add_argument("--base", default="minilm", help="folder, hub id, GGUF file, minilm or smollm2")
-    learn.add_argument("--encoder", default="minilm", help="sentence encoder: folder, hub id or minilm")
+    learn.add_argument("--benchmark", help="a protocol: bert5, t5_fewshot, llama3, seq15 or all25")
+    learn.add_argument(
+        "--order", help='the benchmark\'s orders, separated by commas, or "all" (default: first)'
+    )
+    learn.add_argument(
+        "--hyperparameters",
+        choices=("ours", "paper"),
+        default="ours",
+        help="whose to take where none are given; what was not published is ours",
+    )
+    learn.add_argument("--tasks", help="names of the tasks, in order; with --benchmark, the ones to keep")
+    learn.add_argument(
+        "--probes", help="tasks that are never learnt, scored before and after: clinc150,trec6"
+    )
+    learn.add_argument("--base", help="folder, hub id, GGUF file, minilm or smollm2")
+    learn.add_argument("--encoder", help="sentence encoder: folder, hub id or minilm")
     learn.add_argument(
         "--output", default="slm_run", help="folder of the run; an interrupted run is continued"
     )
@@ -192,17 +354,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--metric", choices=METRICS, default="whitened")
     learn.add_argument("--keys", choices=KEY_METHODS, default="group_avg")
-    learn.add_argument("--methods", default="slm,oracle,sequential")
-    learn.add_argument("--rank", type=int, default=8)
-    learn.add_argument("--entries", type=int, default=4, help="pool entries of a task")
-    learn.add_argument("--top-k", type=int, default=4)
-    learn.add_argument("--epochs", type=float, default=2)
-    learn.add_argument("--learning-rate", type=float, default=2e-3)
-    learn.add_argument("--batch-size", type=int, default=16)
-    learn.add_argument("--max-length", type=int, default=128)
+    learn.add_argument(
+        "--min-similarity", type=_floor, help="rows whose best score is lower use the frozen model"
+    )
+    learn.add_argument("--methods", default="slm,oracle,seq", help="names, separated by commas")
+    learn.add_argument("--evaluate", choices=("seen", "all"), default="seen", help="tasks after each stage")
+    learn.add_argument("--rank", type=int)
+    learn.add_argument("--entries", type=int, help="pool entries of a task")
+    learn.add_argument("--top-k", type=int)
+    learn.add_argument("--epochs", type=float)
+    learn.add_argument("--learning-rate", type=float)
+    learn.add_argument("--batch-size", type=int)
+    learn.add_argument("--max-length", type=int)
     learn.add_argument("--max-train", type=int)
     learn.add_argument("--max-test", type=int)
     learn.add_argument("--seed", type=int, default=0)
+    learn.add_argument("--seeds", help="several, separated by commas: a run with each, and their mean")
+    learn.add_argument("--report-to", help="the Trainer's report_to, separated by commas: tensorboard, ...")
     learn.set_defaults(run=_learn)
 
     for name, run, text in (

@@ -20,6 +20,7 @@ from slm_fast.reference import MAX_TOP_K, WEIGHTINGS
 CONFIG_NAME = "slm_config.json"
 METRICS = ("whitened", "grouped_cosine")
 KEY_METHODS = ("group_avg", "kmeans", "paper")
+INITS = ("zero", "retrieved")
 MIXINGS = ("instance", "batch")
 POOLINGS = ("auto", "mean", "first", "last")
 
@@ -42,14 +43,19 @@ class SLMConfig:
         num_groups: groups of `grouped_cosine` and of the "paper" key method.
         shrinkage: whitened: multiple of the identity added to the within-task covariance, in units of its
             mean diagonal. None chooses it from the statistics alone.
+        statistics_rank: whitened: directions in which a task's covariance is kept, 2 D bytes each.
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.
+        init: where new entries start: "zero" (they change nothing yet) or "retrieved" (the mixture that the
+            task's texts get from the entries that are there).
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
             query stays under 4,096 values, else evenly spaced ones.
         weighting: "softmax", "similarity" or "uniform".  temperature: of the softmax, in units of the score;
             None lets the metric choose.
         min_similarity: rows whose best score is lower use the frozen model. whitened: nats by which the key
-            must explain the query better than the mean of all tasks does; grouped_cosine: a cosine.
+            must explain the query better than the mean of all tasks does; grouped_cosine: a cosine. "auto"
+            (whitened): rows that lie farther from the best entry's task than a share `coverage` of the task's
+            own texts (held out, when it was learnt); rows whose task is told are not asked.
         mixing: "instance" (a mixture per row) or "batch" (the paper's evaluation: scores averaged over the
             batch).
         pooling: what a classification head reads: "mean", "first" or "last" token; "auto" by architecture.
@@ -70,10 +76,13 @@ class SLMConfig:
     shrinkage: float | None = None
     key_method: str = "group_avg"
     key_masking: float = 0.2
+    init: str = "zero"
     query_layers: list[int] | str = "auto"
     weighting: str = "softmax"
     temperature: float | None = None
-    min_similarity: float | None = None
+    min_similarity: float | str | None = None
+    coverage: float = 0.99
+    statistics_rank: int = 512
     mixing: str = "instance"
     pooling: str = "auto"
     encoder_name_or_path: str | None = None
@@ -82,15 +91,14 @@ class SLMConfig:
     faiss_above: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("r", "entries_per_task", "num_groups", "encoder_max_length"):
+        for name in ("r", "entries_per_task", "num_groups", "encoder_max_length", "statistics_rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(f"top_k must be an integer from 1 to {MAX_TOP_K}, got {self.top_k!r}")
-        choices = dict(
-            metric=METRICS, key_method=KEY_METHODS, weighting=WEIGHTINGS, mixing=MIXINGS, pooling=POOLINGS
-        )
+        choices = dict(metric=METRICS, key_method=KEY_METHODS, init=INITS)
+        choices |= dict(weighting=WEIGHTINGS, mixing=MIXINGS, pooling=POOLINGS)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -98,10 +106,19 @@ class SLMConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, or None, got {value!r}")
-        for name in ("scaling", "min_similarity"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value!r}")
+        floor = self.min_similarity
+        if isinstance(floor, str):
+            if floor != "auto" or self.metric != "whitened" or self.mixing != "instance":
+                raise ValueError(
+                    'min_similarity must be a number, None, or "auto" with metric="whitened" and '
+                    f'mixing="instance"; got {floor!r} with {self.metric!r} and {self.mixing!r}'
+                )
+        elif floor is not None and not math.isfinite(floor):
+            raise ValueError(f"min_similarity must be finite, got {floor!r}")
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"scaling must be finite, got {self.scaling!r}")
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage must be in (0, 1], got {self.coverage!r}")
         if self.faiss_above is not None and not (isinstance(self.faiss_above, int) and self.faiss_above >= 0):
             raise ValueError(f"faiss_above must be an integer from 0, or None, got {self.faiss_above!r}")
         if not 0 <= self.key_masking < 1:

@@ -1,6 +1,7 @@
 """The frozen sentence encoder: texts in, queries out, computed once per text."""
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -44,7 +45,7 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 class Encoder:
-    """Turns texts into queries [B, D] fp32, on the CPU, and remembers them.
+    """Turns texts into queries [B, D] fp32, on the CPU, and remembers them; threads take turns.
 
     Args:
         source: a sentence-transformers object, a transformers model folder or hub id, a callable `list[str]
@@ -72,6 +73,7 @@ class Encoder:
         self.function: Callable | None = None
         self.num_truncated = 0
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
         if source is None:
             return
         if hasattr(source, "tokenizer") and hasattr(source, "encode"):
@@ -98,10 +100,23 @@ class Encoder:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.layers = choose_layers(query_layers, model.config.num_hidden_layers, model.config.hidden_size)
-        limit = getattr(model.config, "max_position_embeddings", self.max_length)
-        if getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "mpnet", "camembert"):
-            limit -= model.config.pad_token_id + 1  # their positions start behind the padding index
+        self._limit_length(model.config)
+
+    def _limit_length(self, config) -> None:
+        limit = getattr(config, "max_position_embeddings", self.max_length)
+        if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "mpnet", "camembert"):
+            limit -= config.pad_token_id + 1  # their positions start behind the padding index
         self.max_length = min(self.max_length, limit)
+
+    def on(self, base: nn.Module) -> "Encoder":
+        """The encoder of a model with this base; only a `BackboneEncoder` depends on it."""
+        return self
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def settings(self) -> dict:
         """The `SLMConfig` fields that make this encoder again; its name is None if it has none."""
@@ -114,6 +129,10 @@ class Encoder:
     def __call__(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Queries of `texts`, [B, D] fp32. Raises ValueError on an empty batch or text and on NaN queries."""
         texts = check_texts(texts)
+        with self._lock:
+            return self._queries(texts, progress)
+
+    def _queries(self, texts: list[str], progress: bool) -> Tensor:
         missing = list(dict.fromkeys(text for text in texts if text not in self._cache))
         fresh: dict[str, Tensor] = {}
         if missing:
@@ -144,6 +163,14 @@ class Encoder:
         return queries
 
     def _hidden_queries(self, texts: list[str]) -> Tensor:
+        encoded = self._tokenized(texts)
+        states, mask = self._hidden_states(**encoded)
+        pooled = [mean_pool(state, mask) for state in states]
+        if len(pooled) > 1:
+            pooled = [F.normalize(p, dim=-1) for p in pooled]
+        return torch.cat(pooled, dim=-1).cpu()
+
+    def _tokenized(self, texts: list[str]) -> dict[str, Tensor]:
         encoded = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
@@ -158,12 +185,13 @@ class Encoder:
                     "texts longer than encoder_max_length=%d tokens are cut at the end", self.max_length
                 )
             self.num_truncated += cut
-        encoded = encoded.to(self.device)
+        return encoded
+
+    def _hidden_states(self, **encoded: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The chosen layers' states [B, L, H] of tokenised texts, and which tokens to pool: [B, L]."""
+        encoded = {name: value.to(self.device) for name, value in encoded.items()}
         states = self.model(**encoded, output_hidden_states=True).hidden_states
-        pooled = [mean_pool(states[layer], encoded["attention_mask"]) for layer in self.layers]
-        if len(pooled) > 1:
-            pooled = [F.normalize(p, dim=-1) for p in pooled]
-        return torch.cat(pooled, dim=-1).cpu()
+        return [states[layer] for layer in self.layers], encoded["attention_mask"]
 
     def _remember(self, fresh: dict[str, Tensor]) -> None:
         for text, query in fresh.items():
@@ -189,9 +217,19 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     return texts
 
 
-def make_encoder(config: SLMConfig, encoder=None) -> Encoder:
-    """The encoder given, or the one that the config names; without one only `embeddings=` can route."""
+def make_encoder(config: SLMConfig, encoder=None, base: nn.Module | None = None, tokenizer=None) -> Encoder:
+    """The encoder given, or the one that the config names; without one only `embeddings=` can route.
+
+    "backbone" is the frozen `base` itself, a `BackboneEncoder`; one of another model is made anew for `base`.
+    """
     if isinstance(encoder, Encoder):
-        return encoder
+        return encoder if base is None else encoder.on(base)
     source = encoder if encoder is not None else config.encoder_name_or_path
-    return Encoder(source, query_layers=config.query_layers, max_length=config.encoder_max_length)
+    settings = {"query_layers": config.query_layers, "max_length": config.encoder_max_length}
+    if source != "backbone":
+        return Encoder(source, **settings)
+    if base is None:
+        raise ValueError('encoder="backbone" needs the base model whose hidden states are the queries')
+    from slm_fast.backbone_encoder import BackboneEncoder
+
+    return BackboneEncoder(base, tokenizer, **settings)

@@ -47,8 +47,9 @@ def patch_model(
 
     Without such an argument the rows get what `use(routing)` of the returned state says, by default nothing:
     the frozen model. `encoder` embeds `texts=`, see `get_slm_model`; by default the one that the pool's
-    config names. All parameters are frozen. Quantised linears (quantise first, then patch) keep their own
-    kernels and get the mixture added. On the CPU the parameters of decoder layers and head move to huge pages
+    config names. "backbone" loads the tokenizer by the base's name; a `BackboneEncoder` brings its own. All
+    parameters are frozen. Quantised linears (quantise first, then patch) keep their own kernels and get the
+    mixture added. On the CPU the parameters of decoder layers and head move to huge pages
     (`SLM_FAST_HUGE_PAGES=0` leaves them where they are). Raises ValueError when `base` is patched already or
     lacks a linear of the pool's shape; nothing is changed then.
     """
@@ -65,19 +66,24 @@ def patch_model(
     fast = [module for module in base.modules() if isinstance(module, FastDecoderLayer | FastHead)]
     to_huge_pages([parameter for module in fast for parameter in module.parameters()])
     base.__class__ = _fast_class(FastModel, type(base))
-    base.mixtures = state, Router(pool, encoder)
+    base.mixtures = state, Router(pool, encoder, base)
     return state
 
 
 def unpatch_model(base: nn.Module) -> nn.Module:
     """Put the original linears and layers back, in place, and make trainable again what was so before."""
+    restore_classes(base)
+    restore_linears(base)
+    return base
+
+
+def restore_classes(base: nn.Module) -> None:
+    """Give the modules that `patch_model` swapped the classes that they had before, in place."""
     for module in base.modules():
         if isinstance(module, Swapped):
             module.__class__ = type(module).original
             for name in ("fast", "mixtures", "graphs", "cuda_graphs"):
                 module.__dict__.pop(name, None)
-    restore_linears(base)
-    return base
 
 
 def fast_forward(model: nn.Module, *args, pool: KnowledgePool | None = None, encoder=None, **kwargs):
@@ -96,7 +102,7 @@ def fast_forward(model: nn.Module, *args, pool: KnowledgePool | None = None, enc
     tensors = [*map(id, model.parameters()), *map(id, model.buffers())]
     known = _twins.get(model)
     if known is None or known[0] is not pool or known[1] != tensors:
-        twin = _twin(model, {})
+        twin = shared_twin(model, {})
         trainable = [p for p in model.parameters() if p.requires_grad]
         patch_model(twin, pool, encoder=encoder)
         for parameter in trainable:  # of the caller's model
@@ -111,17 +117,22 @@ def fast_forward(model: nn.Module, *args, pool: KnowledgePool | None = None, enc
 _twins: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
 
 
-def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of the tree of modules that holds the same parameters and buffers."""
+def shared_twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the tree of modules that holds the same parameters and buffers.
+
+    Raises ValueError where a module's forward was replaced.
+    """
     if "forward" in module.__dict__:
         raise ValueError(
-            f"the forward of a {type(module).__name__} was replaced from outside: use patch_model instead"
+            f"the forward of a {type(module).__name__} was replaced from outside; its twin would miss that"
         )
     if module not in made:
         twin = made[module] = copy.copy(module)
         twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
         children = module._modules.items()
-        twin._modules = {name: child if child is None else _twin(child, made) for name, child in children}
+        twin._modules = {
+            name: child if child is None else shared_twin(child, made) for name, child in children
+        }
     return made[module]
 
 

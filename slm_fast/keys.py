@@ -4,12 +4,15 @@ Every metric is reduced to `score(q, p) = <transform(q), c_p> + beta_p`, so that
 them.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm_fast.config import SLMConfig
 from slm_fast.reference import group_normalize, key_learning_loss, transform_query
+from slm_fast.task_statistics import TaskStatistics, module_key
 
 
 class GroupedCosine(nn.Module):
@@ -28,8 +31,15 @@ class GroupedCosine(nn.Module):
         if dim % self.num_groups:
             raise ValueError(f"the query size {dim} is not divisible by num_groups={self.num_groups}")
 
-    def update(self, query: Tensor) -> None:
+    def update(self, name: str, query: Tensor) -> None:
         """Take in a new task's queries [N, D]; the cosine needs no statistics."""
+
+    def remove(self, name: str) -> bool:
+        """Whether the metric changes when a task is removed: never."""
+        return False
+
+    def with_queries(self, query: Tensor) -> "GroupedCosine":
+        return self
 
     def query_transform(self) -> dict:
         """`transform` as arguments of `ops.key_search`."""
@@ -52,8 +62,9 @@ class Whitened(nn.Module):
 
         score = <q - mu, c> + beta,   c = (S + lambda I)^-1 (k - mu),   beta = -<k - mu, c> / 2
 
-    which orders keys by their Mahalanobis distance to q. S is the pooled within-task covariance, kept as a
-    count and a scatter matrix, never as examples: a new task changes the metric, not the stored keys.
+    which orders keys by their Mahalanobis distance to q. S is the pooled within-task covariance, the sum of
+    what every task's `TaskStatistics` say, which are never examples: a new task changes the metric, not the
+    stored keys, and a removed one leaves the metric as if it had never been there, to the bit.
     lambda is `shrinkage` times the mean diagonal of S. By default it comes from the statistics alone: the OAS
     estimate (Chen et al., 2010), which looks at S only, or 0.08 (D / n)^2, which also covers the error of the
     keys at few texts (the constant was chosen on held-out training texts): the larger one, at most 1.
@@ -66,35 +77,68 @@ class Whitened(nn.Module):
         # Averaged keys of a task differ by noise alone: a high temperature weighs them alike, whatever the
         # metric learns later. Clustered keys differ for a reason, and those of another task are as near.
         self.default_temperature = 32.0 if config.key_method == "group_avg" else 4.0
-        self.shrinkage = config.shrinkage
+        self.shrinkage, self.rank = config.shrinkage, config.statistics_rank
         self.register_buffer("scatter", torch.zeros(dim, dim))
-        self.register_buffer("mean_sum", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("num_tasks", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_queries", torch.zeros((), dtype=torch.int64))
+        self.tasks = nn.ModuleDict()
+        self._forget()
+
+    def update(self, name: str, query: Tensor) -> None:
+        """Add the queries [N, D] of a new task to the statistics."""
+        position = 1 + max((int(task.position) for task in self.tasks.values()), default=-1)
+        made = TaskStatistics.of(query, self.rank, position)
+        self.tasks[module_key(name)] = made
+        self.scatter = self.scatter + made.scatter().to(self.scatter)
+        self._forget()
+
+    def remove(self, name: str) -> bool:
+        """Take a task out of the statistics; False where it has none."""
+        if module_key(name) not in self.tasks:
+            return False
+        del self.tasks[module_key(name)]
+        self.scatter = torch.zeros_like(self.scatter)
+        for task in self.tasks.values():
+            self.scatter = self.scatter + task.scatter().to(self.scatter)
+        self._forget()
+        return True
+
+    def with_queries(self, query: Tensor) -> "Whitened":
+        """The metric as it will be with one more task; this one is not changed."""
+        other = copy.copy(self)
+        other._buffers, other._modules = dict(self._buffers), dict(self._modules)
+        other.tasks = nn.ModuleDict(self.tasks)
+        other.update("", query)
+        return other
+
+    def _forget(self) -> None:
         self._factor: Tensor | None = None
+        self._mean: Tensor | None = None
 
-    def update(self, query: Tensor) -> None:
-        """Add a new task's queries [N, D] to the statistics."""
-        mean = query.double().mean(0)
-        centred = query - mean.float()
-        self.scatter += (centred.T @ centred).to(self.scatter)
-        self.mean_sum += mean.to(self.mean_sum)
-        self.num_tasks += 1
-        self.num_queries += query.shape[0]
-        self._factor = None
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._factor = None
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Makes room for the tasks that were saved, in their order."""
+        begin, end = f"{prefix}tasks.", ".position"
+        saved = {k: int(v) for k, v in state_dict.items() if k.startswith(begin) and k.endswith(end)}
+        self.tasks = nn.ModuleDict()
+        for key in sorted(saved, key=saved.__getitem__):
+            stem = key.removesuffix("position")
+            rank, dim = state_dict[stem + "V"].shape
+            made = TaskStatistics(dim, rank, len(state_dict[stem + "quantiles"]))
+            self.tasks[key.removeprefix(begin).removesuffix(end)] = made
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._forget()
 
     @property
     def mean(self) -> Tensor:
-        return (self.mean_sum / self.num_tasks.clamp(min=1)).float()
+        """Of the tasks' means, [D] fp32."""
+        if self._mean is None or self._mean.device != self.scatter.device:
+            means = [task.mean for task in self.tasks.values()]
+            mean = sum(means) / len(means) if means else torch.zeros(len(self.scatter))
+            self._mean = mean.float().to(self.scatter.device)
+        return self._mean
 
     def covariance(self) -> tuple[Tensor, float]:
         """The within-task covariance S [D, D] fp32 and the ridge lambda, in the units of S."""
         dim = self.scatter.shape[0]
-        degrees = max(int(self.num_queries) - int(self.num_tasks), 1)
+        degrees = max(sum(int(task.count) - 1 for task in self.tasks.values()), 1)
         cov = self.scatter / degrees
         trace = float(cov.diagonal().sum(dtype=torch.float64))
         mean_variance = trace / dim

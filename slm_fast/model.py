@@ -14,16 +14,18 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import TransformersKwargs
 
 from slm_fast.answers import Prediction, answer_all
-from slm_fast.config import KEY_METHODS, SLMConfig
+from slm_fast.backbone_encoder import backbone_of, base_tokenizer
+from slm_fast.config import INITS, KEY_METHODS, SLMConfig
 from slm_fast.encoder import Encoder, check_texts, make_encoder, mean_pool
 from slm_fast.fast_forward import patch_model, unpatch_model
 from slm_fast.layers import checkpoint_contexts, default_pool
-from slm_fast.loading import load_tokenizer, with_pad_token
+from slm_fast.loading import with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
 from slm_fast.prompts import encode_prompts
 from slm_fast.resident import ResidentPool
 from slm_fast.router import Router, rows_of
 from slm_fast.routing import Routing
+from slm_fast.starts import mean_weights, start_from_mixture
 from slm_fast.storage import load_pool, save_pool
 
 
@@ -95,23 +97,31 @@ class SLMModel(nn.Module):
         labels: Sequence[str] | None = None,
         method: str | None = None,
         rank: int | None = None,
+        init: str | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> TaskInfo:
         """Phase 1: make a new task's keys from its texts. With `labels` the task gets a classification head.
 
-        method: "group_avg", "kmeans" or "paper"; None takes the config's. Raises ValueError on an unknown
-        method, too few texts, a taken name or non-finite embeddings; nothing is changed then.
+        method: "group_avg", "kmeans" or "paper".  init: "zero", or "retrieved": the entries start from the
+        mixture that the texts get without them, as near as their ranks allow (`starts`). None takes the
+        config's. Raises ValueError on an unknown method or init, "retrieved" with a scaling of 0, too few
+        texts, a taken name or non-finite embeddings; nothing is changed then.
         """
-        method = method or self.slm_config.key_method
+        method, init = method or self.slm_config.key_method, init or self.slm_config.init
         if method not in KEY_METHODS:
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if init == "retrieved" and self.slm_config.scaling == 0:
+            raise ValueError('init="retrieved" needs a scaling other than 0')
         if name in self.pool.tasks:
             raise ValueError(f"the pool already has a task {name!r}")
         query = self.router.queries(texts, embeddings, progress).to(self.pool.keys.device)
         bar = (lambda steps: tqdm(steps, desc=f"keys of {name}", leave=False)) if progress else None
         keys = self.pool.learn_keys(query, method, seed, bar)
-        return self.pool.add_task(
+        weights = mean_weights(self.pool, query) if init == "retrieved" else None
+        info = self.pool.add_task(
             name,
             keys,
             rank=rank,
@@ -120,6 +130,9 @@ class SLMModel(nn.Module):
             queries=query,
             generator=torch.Generator().manual_seed(seed),
         )
+        if weights is not None:
+            start_from_mixture(self.pool, name, weights)
+        return info
 
     def remove_task(self, name: str) -> None:
         """Forget a task: its entries can never be picked again."""
@@ -153,7 +166,7 @@ class SLMModel(nn.Module):
 
     @property
     def router(self) -> Router:
-        return Router(self.pool, self.encoder)
+        return Router(self.pool, self.encoder, self.base_model)
 
     def route(
         self,
@@ -323,11 +336,11 @@ class SLMModel(nn.Module):
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """What heads read: the backbone's pooled last hidden state under the current routing, [B, H] fp32."""
-        base = self.base_model
-        backbone = base.get_encoder() if self.is_seq2seq else getattr(base, "base_model", base)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        hidden = backbone_of(self.base_model)(
+            input_ids=input_ids, attention_mask=attention_mask, **kwargs
+        ).last_hidden_state
         pooling = self._pooling()
         if pooling == "mean":
             return mean_pool(hidden, attention_mask)
@@ -387,13 +400,7 @@ class SLMModel(nn.Module):
 
     def require_tokenizer(self):
         if self.tokenizer is None:
-            name = getattr(self.config, "_name_or_path", "")
-            try:
-                self.tokenizer = load_tokenizer(name)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"the base model {name!r} brings no tokenizer: pass tokenizer= to get_slm_model ({error})"
-                ) from error
+            self.tokenizer = base_tokenizer(self.base_model)
         return with_pad_token(self.tokenizer)
 
     # ---- training support, saving
@@ -477,7 +484,7 @@ class SLMModel(nn.Module):
         then.
         """
         pool = load_pool(base_model, directory)
-        encoder = make_encoder(pool.config, encoder)
+        encoder = make_encoder(pool.config, encoder, base_model, tokenizer)
         if slots is None and memory is None:
             return cls(base_model, pool.config, pool, encoder, tokenizer)
         resident = ResidentPool(pool, slots, memory=memory)  # checks its sizes before the base is touched
@@ -498,11 +505,12 @@ def get_slm_model(
 
     Args:
         encoder: replaces `config.encoder_name_or_path`: a sentence-transformers object, a model folder or hub
-            id, a callable `list[str] -> [B, D]`, or an `Encoder`.
+            id, "backbone" for the base model itself (`BackboneEncoder`), a callable `list[str] -> [B, D]`, or
+            an `Encoder`.
         tokenizer: of the base model, for `predict` and the trainer; by default loaded from the base's own
             name.
         dtype: of the pool's factors. They stay fp32 for training whatever the base's dtype is.
     """
     config = SLMConfig() if config is None else config
     pool = default_pool(base_model, config, dtype)
-    return SLMModel(base_model, config, pool, make_encoder(config, encoder), tokenizer)
+    return SLMModel(base_model, config, pool, make_encoder(config, encoder, base_model, tokenizer), tokenizer)

@@ -1,6 +1,5 @@
 """The knowledge pool: keys, low-rank factors and ownership of every entry, with O(1) addition and removal."""
 
-import copy
 import math
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from slm_fast.factors import Factors, grown
 from slm_fast.faiss_index import FaissIndex
 from slm_fast.keys import METRIC_CLASSES, learn_keys
 from slm_fast.routing import Routing
+from slm_fast.task_statistics import module_key
 
 
 @dataclass
@@ -102,14 +102,9 @@ class KnowledgePool(nn.Module):
             raise ValueError(f"unknown task {name!r}; the pool has: {', '.join(self.tasks) or 'none'}")
         return self.tasks[name]
 
-    @staticmethod
-    def head_key(name: str) -> str:
-        """A task's key in `heads`, whose names must not contain dots."""
-        return "task:" + name.replace("%", "%25").replace(".", "%2E")
-
     def head(self, name: str) -> nn.Linear | None:
         """The classification head of a task, or None for a task without labels."""
-        return self.heads[self.head_key(name)] if self.task(name).labels is not None else None
+        return self.heads[module_key(name)] if self.task(name).labels is not None else None
 
     def tasks_of_slots(self) -> dict[int, str]:
         """{slot: name of its task} of all entries."""
@@ -124,8 +119,8 @@ class KnowledgePool(nn.Module):
         """
         metric = self.metric
         if method == "kmeans":
-            metric = copy.deepcopy(metric) if metric is not None else self.new_metric(query.shape[1])
-            metric.update(query)
+            metric = self.new_metric(query.shape[1]) if metric is None else metric
+            metric = metric.with_queries(query)
         return learn_keys(query, self.config.entries_per_task, metric, self.config, method, seed, progress)
 
     def add_task(
@@ -163,7 +158,7 @@ class KnowledgePool(nn.Module):
             self._set_query_dim(keys.shape[1])
         if queries is not None:
             self._check_queries(queries, "queries")
-            self.metric.update(queries.to(self.keys))
+            self.metric.update(name, queries.to(self.keys))
         info = TaskInfo(name, labels=list(labels) if labels is not None else None)
         self.version += 1
         self._settle()
@@ -189,7 +184,7 @@ class KnowledgePool(nn.Module):
             head = nn.Linear(hidden_size, len(labels)).to(self.keys.device)
             nn.init.normal_(head.weight, std=0.02, generator=generator)
             nn.init.zeros_(head.bias)
-            self.heads[self.head_key(name)] = head.requires_grad_(False)
+            self.heads[module_key(name)] = head.requires_grad_(False)
         self.tasks[name] = info
         self.refresh_index(None if queries is not None and self.metric.has_statistics else info.slots)
         return info
@@ -210,7 +205,8 @@ class KnowledgePool(nn.Module):
             self.slot_version[t] = self.factors_version[t] = self.version
 
     def remove_task(self, name: str) -> None:
-        """Forget a task: its entries can never be picked again, and their slots and rows are reused."""
+        """Forget a task: its entries can never be picked again, their slots and rows are reused, and the
+        metric is what it would be without the task."""
         info = self.task(name)
         if self.owner == name:
             raise ValueError(f"task {name!r} is being trained")
@@ -224,8 +220,10 @@ class KnowledgePool(nn.Module):
             self.active[slot], self.slot_version[slot] = False, self.version
             del self.slot_of[self.names.pop(slot)]
         if info.labels is not None:
-            del self.heads[self.head_key(name)]
+            del self.heads[module_key(name)]
         del self.tasks[name]
+        if self.metric is not None and self.metric.remove(name):
+            self.refresh_index()
 
     def new_metric(self, dim: int) -> nn.Module:
         """The config's metric for queries of size `dim`, without any statistics."""
@@ -376,11 +374,12 @@ class KnowledgePool(nn.Module):
                     'mixing="batch" shares one mixture and cannot restrict rows to different tasks'
                 )
             features, transform = self.metric.transform(query).mean(0, keepdim=True), {}
+        calibrated = config.min_similarity == "auto"
         options = transform | dict(
             top_k=config.top_k,
             weighting=config.weighting,
             temperature=self.temperature(),
-            min_similarity=config.min_similarity,
+            min_similarity=None if calibrated else config.min_similarity,
         )
         if tasks is None and config.faiss_above is not None and self.num_entries > config.faiss_above:
             if self._faiss is None:
@@ -391,7 +390,25 @@ class KnowledgePool(nn.Module):
                 features, self.index_keys, self.index_bias, mask, **options, backend=self.backend
             )
         routing = Routing.make(*found, self.version)
+        if calibrated and not isinstance(tasks, str):
+            told = [False] * query.shape[0] if tasks is None else [task is not None for task in tasks]
+            outside = self._outside(query, routing) & ~torch.tensor(told, dtype=torch.bool)
+            weights = routing.weights.masked_fill(outside.to(query.device)[:, None], 0.0)
+            routing = routing._replace(weights=weights)
         return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
+
+    def _outside(self, query: Tensor, routing: Routing) -> Tensor:
+        """[B] bool: the queries that are too far from the task of their best entry to be one of its texts."""
+        of_task, best = self.tasks_of_slots(), routing.indices[:, 0].tolist()
+        rows: dict[str, list[int]] = {}
+        for row, slot in enumerate(best):
+            rows.setdefault(of_task[slot], []).append(row)
+        outside = torch.zeros(query.shape[0], dtype=torch.bool)
+        for name, members in rows.items():
+            if module_key(name) in self.metric.tasks:
+                statistics = self.metric.tasks[module_key(name)]
+                outside[members] = statistics.is_outside(query[members], self.config.coverage)
+        return outside
 
     def fixed_routing(self, adapter_names: list[str]) -> Routing:
         """Route every row to a named entry, to a task's entries in equal parts, or to "__base__"."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slm_fast.encoder import make_encoder
 from slm_fast.layers import Packing
@@ -16,17 +16,20 @@ _worker = ThreadPoolExecutor(1, thread_name_prefix="slm_fast-routing")  # starts
 
 
 class Router:
-    """A pool and the encoder of its queries, as `make_encoder` takes it: loaded when a text comes first."""
+    """A pool and the encoder of its queries, as `make_encoder` takes it: loaded when a text comes first.
 
-    def __init__(self, pool: KnowledgePool, encoder=None) -> None:
-        self.pool, self.encoder = pool, encoder
+    base: the model that the pool belongs to, for encoder="backbone".
+    """
+
+    def __init__(self, pool: KnowledgePool, encoder=None, base: nn.Module | None = None) -> None:
+        self.pool, self.encoder, self.base = pool, encoder, base
 
     def queries(self, texts: Sequence[str] | None, embeddings=None, progress: bool = False) -> Tensor:
         """[B, D] fp32 embeddings. Raises ValueError unless exactly one source is given and is finite."""
         if (texts is None) == (embeddings is None):
             raise ValueError("pass either texts= or embeddings=")
         if embeddings is None:
-            self.encoder = make_encoder(self.pool.config, self.encoder)
+            self.encoder = make_encoder(self.pool.config, self.encoder, self.base)
             return self.encoder(texts, progress)
         query = torch.as_tensor(embeddings).detach().float()
         if query.ndim != 2 or query.shape[0] == 0:

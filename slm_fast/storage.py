@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from slm_fast.config import CONFIG_NAME, SLMConfig
 from slm_fast.layers import is_plain
 from slm_fast.pool import KnowledgePool
+from slm_fast.task_statistics import module_key
 
-FORMAT = 1
+FORMAT = 2
 KEYS_NAME = "slm_keys.safetensors"
 HEADS_NAME = "slm_heads.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -236,7 +237,7 @@ def load_pool(base: nn.Module, directory: str | Path) -> KnowledgePool:
     row = 0
     for task in index["tasks"]:
         entries = [entry for entry in index["entries"] if entry["task"] == task["name"]]
-        prefix = f"{pool.head_key(task['name'])}."
+        prefix = f"{module_key(task['name'])}."
         weight = heads.get(prefix + "weight")
         pool.add_task(
             task["name"],

@@ -1,16 +1,20 @@
 """Phase 2 of learning: transformers' Trainer on one task's entries, routed before the first step."""
 
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from slm_fast.loading import with_pad_token
 from slm_fast.model import SLMModel
@@ -60,6 +64,8 @@ class SLMTrainer(Trainer):
             )
         args.remove_unused_columns = False  # the collator needs the routing columns
         args.label_names = ["labels"]
+        if args.ddp_broadcast_buffers is None:  # the frozen pool would travel at every step
+            args.ddp_broadcast_buffers = False
         self._encoding = (model, tokenizer, task, max_length, args.disable_tqdm)
         train = encode_dataset(train_dataset, *self._encoding)
         if isinstance(eval_dataset, dict):
@@ -67,6 +73,8 @@ class SLMTrainer(Trainer):
         else:
             evaluation = encode_dataset(eval_dataset, *self._encoding)
         kwargs.setdefault("data_collator", Collator(tokenizer, labels is not None))
+        self._batches = EpochOfBatches()
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self._batches]
         super().__init__(
             model=model,
             args=args,
@@ -77,10 +85,24 @@ class SLMTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = labels is not None or model.accepts_loss_kwargs
 
-    def train(self, *args, **kwargs):
-        """Train; the task's entries are parameters only while this runs."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train; the task's entries are parameters only while this runs.
+
+        `resume_from_checkpoint=True` takes the last checkpoint in `args.output_dir` that was written to its
+        end. Raises ValueError where there is none, OSError on a folder that is damaged or of another task.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+            raise OSError(f"{resume_from_checkpoint} is not a checkpoint that was written to its end")
+        with self.learning():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Inside, what this trainer trains, and nothing else, are parameters that require gradients."""
         with self.model.training_task(self.task):
-            return super().train(*args, **kwargs)
+            yield
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
@@ -94,8 +116,9 @@ class SLMTrainer(Trainer):
         if getattr(self.args, "train_sampling_strategy", None) != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         lengths = [len(row["input_ids"]) for row in self.train_dataset]
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(lengths, size, self.args.data_seed or self.args.seed)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self._batches.sampler = LengthGroupedSampler(lengths, size, self.args.data_seed or self.args.seed)
+        return self._batches.sampler
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, self._with_routing(inputs), *args, **kwargs)
@@ -103,9 +126,20 @@ class SLMTrainer(Trainer):
     def _with_routing(self, inputs: dict) -> dict:
         inputs = dict(inputs)
         routing = Routing(*(inputs.pop(f"routing_{name}") for name in Routing._fields))
-        return inputs | {"routing": routing, "task": self.task}
+        return {"task": self.task} | inputs | {"routing": routing}
 
     # ---- saving: the task's parameters for resuming, the whole pool for users, never the frozen base
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """The trainer's state is written last, and older checkpoints are deleted after it: see `is_whole`."""
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self._get_output_dir(trial), name, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state comes next
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -165,6 +199,23 @@ def default_arguments(output_dir: str, **overrides) -> TrainingArguments:
     return TrainingArguments(**(settings | overrides))
 
 
+def is_whole(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint was written to its end: a killed process leaves no state, or half of it."""
+    try:
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_checkpoint(output_dir: str) -> str:
+    """The checkpoint with the most steps that is whole. Raises ValueError where there is none."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_whole(path)]
+    if not found:
+        raise ValueError(f"no whole checkpoint in {output_dir}: start without resume_from_checkpoint")
+    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1])))
+
+
 class EncodedDataset(list):
     """Rows that `encode_dataset` has tokenised and routed."""
 
@@ -187,6 +238,16 @@ class LengthGroupedSampler(Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class EpochOfBatches(TrainerCallback):
+    """Tells the sampler its epoch. accelerate cannot where several processes resume: it lies too deep."""
+
+    sampler: LengthGroupedSampler | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class Collator:
@@ -233,9 +294,19 @@ def _fields(row, number: int) -> tuple[str, object]:
 
 
 def encode_dataset(
-    dataset, model: SLMModel, tokenizer, task: str, max_length: int, quiet: bool
+    dataset,
+    model: SLMModel,
+    tokenizer,
+    task: str,
+    max_length: int,
+    quiet: bool,
+    *,
+    routing: Routing | None = None,
 ) -> EncodedDataset | None:
-    """Tokenise and route a dataset once: rows of input_ids, labels and their routing."""
+    """Tokenise and route a dataset once: rows of input_ids, labels and their routing.
+
+    routing: one row that goes to all of them; without it they are retrieved, from the task's entries.
+    """
     if dataset is None or isinstance(dataset, EncodedDataset):
         return dataset
     labels = model.pool.task(task).labels
@@ -261,7 +332,10 @@ def encode_dataset(
         rows.append({"input_ids": ids, "labels": labels.index(target)})
     if not rows:
         raise ValueError("the dataset is empty")
-    routing = model.route(texts, task=task, progress=not quiet)
+    if routing is None:
+        routing = model.route(texts, task=task, progress=not quiet)
+    else:
+        routing = routing.repeat_interleave(len(rows))
     for number, row in enumerate(rows):
         row["routing"] = routing.rows(slice(number, number + 1))
     return rows

@@ -1,8 +1,11 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from slm_fast.cli import main
 
@@ -67,6 +70,96 @@ def test_errors_are_one_line_and_exit_code_2(learnt, tmp_path, capsys, arguments
     assert main(filled) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("slm-fast: ") and message in error[-1]
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    """A data folder of two tasks of bert5 and a probe."""
+    folder = tmp_path_factory.mktemp("data")
+    for path, (template, labels) in {
+        "bert5/ag": ("news of {label}: the {noun}", ["Sports", "World"]),
+        "bert5/yelp": ("a {noun} of theirs, {label} indeed", ["negative", "positive"]),
+        "extra/trec6": ("where or how many is {noun} {label}?", ["LOC", "NUM"]),
+    }.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        for part, nouns in (("train", NOUNS[:3]), ("test", NOUNS[3:5])):
+            rows = [{"text": template.format(noun=n, label=i), "label": i} for i in labels for n in nouns]
+            (folder / f"{path}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+BENCHMARK = ["learn", "--benchmark", "bert5", "--tasks", "yelp,ag", "--max-length", "16"]
+
+
+class Recorder(TrainerCallback):
+    """Stands where TensorBoard's callback would, which may not be installed."""
+
+    folders = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.folders.append(os.environ["TENSORBOARD_LOGGING_DIR"])
+
+
+def test_a_benchmark_in_two_orders_with_a_probe(minilm, data_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
+    arguments = ["--data", str(data_folder), "--output", str(tmp_path), "--order", "4,5", "--probes", "trec6"]
+    arguments += ["--methods", "slm,oracle", "--batch-size", "6", "--max-test", "4"]
+    arguments += ["--min-similarity", "1e9", "--report-to", "tensorboard"]
+    assert main([*BENCHMARK, *arguments]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    first, second = report["runs"]
+    assert first["tasks"] == ["ag", "yelp"] and second["tasks"] == ["yelp", "ag"]
+    assert first["name"] == "bert5, order 4, seed 0, minilm"
+    settings = first["settings"]
+    assert (settings["benchmark"], settings["order"], settings["hyper-parameters"]) == ("bert5", "4", "ours")
+    assert (
+        settings["batch_size"] == 6 and settings["epochs"] == 1 and settings["target_modules"] == "all-linear"
+    )
+    assert settings["sources"] == dict.fromkeys(("ag", "yelp"), f"jsonl:{data_folder}/bert5")
+    assert settings["scores"] == {"ag": "accuracy", "yelp": "accuracy"}
+    assert settings["test examples"] == {"ag": 4, "yelp": 4}
+    probe = first["probes"]["tasks"]["trec6"]
+    assert first["probes"]["min_similarity"] == 1e9  # nothing is above it: every row has the frozen model
+    assert probe["rows"] == 4 and probe["frozen_rows"] == probe["equal_rows"] == 1.0
+    assert probe["score_before"] == probe["score_after"] > 0.5
+    assert report["means"][0]["methods"]["slm"]["average_accuracy"]["runs"] == 2
+    assert first["methods"]["slm"]["forward_transfer_single"] is not None
+    for folder in ("order4-seed0", "order5-seed0"):
+        assert (tmp_path / folder / "slm" / "slm_config.json").is_file()
+        assert str(tmp_path / folder / "tensorboard") in Recorder.folders
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+    for name in ("report.html", "report.md", "report.tex"):
+        text = (tmp_path / name).read_text("utf8")
+        assert "trec6" in text and (r" $\pm$ " if name == "report.tex" else " ± ") in text
+    assert "Zero-shot kept, bit-equal features" in printed and "over 2 runs" in printed
+    assert f"jsonl:{data_folder}/bert5" in printed and "bert5, order 5. The paper's BERT setting" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--order", "4,9"], "bert5 has the orders 4, 5, 6, 7, got '9'"),
+        (["--benchmark", "bert6"], "unknown benchmark 'bert6'; known: bert5"),
+        (["--data", "{tmp}/none"], "there is no data folder {tmp}/none"),
+        (["--tasks", "sst2"], "bert5 has no task 'sst2'"),
+        (["--probes", "ag"], "a probe must not be learnt, but 'ag' is among ag, yelp"),
+        (["--probes", "nope"], "unknown task 'nope'"),
+        (["--methods", "slm,nope"], "nope"),
+        (["--report-to", "a_reporter"], "--report-to a_reporter: not installed, or unknown to transformers"),
+    ],
+)
+def test_errors_of_benchmarks(minilm, data_folder, tmp_path, capsys, arguments, message):
+    given = ["--data", str(data_folder), "--output", str(tmp_path / "run")]
+    assert main([*BENCHMARK, *given, *(a.format(tmp=tmp_path) for a in arguments)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("slm-fast: ") and message.format(tmp=tmp_path) in error
+
+
+def test_an_order_needs_a_benchmark(tmp_path, capsys):
+    assert main(["learn", "--order", "4", "--output", str(tmp_path)]) == 2
+    assert "--order needs --benchmark" in capsys.readouterr().err
 
 
 def test_doctor_names_what_is_there_and_what_is_missing():

@@ -21,13 +21,13 @@ def test_grouped_cosine_is_the_mean_of_the_groups_cosines():
 def test_whitened_orders_by_mahalanobis_distance(shrinkage):
     metric = Whitened(SLMConfig(shrinkage=shrinkage), 24)
     tasks = [clustered_embeddings(t, 60) for t in range(3)]
-    for query in tasks:
-        metric.update(query)
+    for number, query in enumerate(tasks):
+        metric.update(f"task{number}", query)
     within = torch.cat([q - q.mean(0) for q in tasks]).double()
     cov = within.T @ within / (180 - 3)
     measured, ridge = metric.covariance()
-    torch.testing.assert_close(measured.double(), cov, rtol=1e-4, atol=1e-5)
-    precision = torch.linalg.inv(cov + ridge * torch.eye(24))
+    torch.testing.assert_close(measured.double(), cov, rtol=1e-3, atol=1e-3 * float(cov.max()))  # fp16
+    precision = torch.linalg.inv(measured.double() + ridge * torch.eye(24))
     q, keys = torch.randn(9, 24), torch.stack([t.mean(0) for t in tasks])
     c, beta = metric.index(keys)
     score = metric.transform(q) @ c.T + beta
@@ -50,7 +50,7 @@ def test_shrinkage_falls_as_texts_grow():
     for count in (16, 100, 2000):
         metric = Whitened(SLMConfig(), 24)
         mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
-        metric.update(torch.randn(count, 24, generator=torch.Generator().manual_seed(2)) @ mixing)
+        metric.update("task", torch.randn(count, 24, generator=torch.Generator().manual_seed(2)) @ mixing)
         cov, ridge = metric.covariance()
         ridges.append(ridge / float(cov.diagonal().mean()))
     assert ridges[0] > ridges[1] > ridges[2]
@@ -63,8 +63,8 @@ def test_methods_find_their_own_task(method, metric):
     config = SLMConfig(metric=metric, num_groups=4, key_method=method)
     scorer = (Whitened if metric == "whitened" else GroupedCosine)(config, 24)
     queries = [clustered_embeddings(t, 80) for t in range(3)]
-    for query in queries:
-        scorer.update(query)
+    for number, query in enumerate(queries):
+        scorer.update(f"task{number}", query)
     keys = torch.cat([learn_keys(query, 3, scorer, config, method, seed=1) for query in queries])
     assert keys.shape == (9, 24) and keys.isfinite().all()
     c, beta = scorer.index(keys)

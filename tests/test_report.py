@@ -7,12 +7,16 @@ from html.parser import HTMLParser
 
 import pytest
 
-from slm_fast.continual.report import (
+from slm_fast.continual.report import write_report
+from slm_fast.continual.tables import (
     forgetting_per_task,
     format_comparison,
     format_matrix,
+    latex,
+    mean_over_runs,
+    measured,
+    repeated_runs,
     seen_averages,
-    write_report,
 )
 
 MATRIX = [[0.9, None, 0.1], [0.8, 0.7, None], [0.6, 0.75, 0.5]]
@@ -126,6 +130,18 @@ def test_any_number_of_tasks(tmp_path, count):
     parse(html_path.read_text("utf8"))
 
 
+def test_many_methods_of_which_some_are_measured_only_at_the_end(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    run = full_run()
+    run["methods"] |= {f"seq{i}": method(f"another {i}") for i in range(6)}
+    run["methods"]["joint"] = method("joint", [[None] * 3, [None] * 3, [0.5, 0.25, 0.75]])
+    run["methods"]["one"] = method("one", [[None] * 3, [None] * 3, [0.5, None, None]])
+    _, html_path = write_report({"runs": [run]}, tmp_path)
+    page = html_path.read_text("utf8")
+    parse(page)
+    assert "joint" in page and "another 5" in page
+
+
 def test_pages_are_reproducible(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     pages = [write_report({"runs": [full_run()]}, tmp_path / name)[1].read_text("utf8") for name in "ab"]
@@ -178,3 +194,82 @@ def test_text_tables():
     assert lines[0].split("  ")[0] == "method" and "forward" not in lines[0]
     assert lines[1].split() == ["SLM", "61.7", "12.5", "0.0", "-"]
     assert lines[2].split() == ["x", "-", "-", "-", "3.0"]
+
+
+PROBES = {
+    "unchanged": "same answers",
+    "min_similarity": None,
+    "tasks": {
+        "clinc_150": {
+            "rows": 30, "metric": "accuracy", "frozen_rows": 0.9, "equal_rows": 0.95,
+            "score_before": 0.5, "score_after": 0.25,
+        },
+    },
+}  # fmt: skip
+
+
+def small_run(name, average, order="ab", **more):
+    slm = {"label": "SLM & co", "average_accuracy": average, "seconds_train": 2.0}
+    return {"name": name, "tasks": list(order), "base": {"model": "tiny"}, "methods": {"slm": slm}, **more}
+
+
+def test_tables_for_papers_and_for_reading(tmp_path):
+    run = small_run("order 4", 0.5, probes=PROBES, metrics_note={"average_accuracy": "mean of R[T-1][i]"})
+    run["methods"]["seq"] = {"label": "one_LoRA | seq", "average_accuracy": 0.25, "forgetting": 0.1}
+    json_path, html_path = write_report({"title": "T", "runs": [run]}, tmp_path)
+    text = (tmp_path / "report.md").read_text("utf8")
+    assert "| method | average | forgetting (max-last) | training, s |\n| --- | ---: | ---: | ---: |" in text
+    assert "| SLM & co | 50.0 | - | 2.0 |\n| one_LoRA \\| seq | 25.0 | 10.0 | - |" in text
+    assert "| clinc_150 | accuracy | 30 | 90.0 | 95.0 | 50.0 | 25.0 |" in text
+    assert "- average accuracy: mean of R[T-1][i]" in text and "Mean over" not in text
+
+    tex = (tmp_path / "report.tex").read_text("utf8")
+    assert tex.count("\\begin{tabular}{l") == 2 and "\\begin{tabular}{lrrr}\n\\toprule" in tex
+    assert "SLM \\& co & 50.0 & - & 2.0 \\\\\none\\_LoRA | seq & 25.0 & 10.0 & - \\\\\n\\bottomrule" in tex
+    for line in tex.splitlines():
+        if line.endswith("\\\\"):
+            assert line.replace("\\&", "").count("&") in (3, 6)
+
+    page = html_path.read_text("utf8")
+    parse(page)
+    assert "Zero-shot kept, same answers; min_similarity: no floor" in page and "<td>clinc_150</td>" in page
+    assert json.loads(json_path.read_text())["runs"][0]["probes"] == PROBES
+
+
+def test_latex_escapes_everything_special():
+    assert latex("50% of a_b & {c} #1 $ ~ ^ ± \\") == (
+        r"50\% of a\_b \& \{c\} \#1 \$ \textasciitilde{} \textasciicircum{} $\pm$ \textbackslash{}"
+    )
+
+
+def test_runs_in_other_orders_get_their_mean(tmp_path):
+    runs = [small_run("4", 0.5), small_run("5", 0.6, order="ba"), small_run("other", 0.9, order="abc")]
+    assert [[run["name"] for run in group] for group in repeated_runs(runs)] == [["4", "5"]]
+    slm = mean_over_runs(runs[:2])["slm"]
+    assert slm["average_accuracy"] == pytest.approx({"mean": 0.55, "std": 0.0707107, "runs": 2}, abs=1e-6)
+    assert mean_over_runs(runs[:1])["slm"]["average_accuracy"] == {"mean": 0.5, "std": None, "runs": 1}
+    json_path, html_path = write_report({"runs": runs}, tmp_path)
+    means = json.loads(json_path.read_text("utf8"))["means"]
+    assert len(means) == 1 and means[0]["runs"] == ["4", "5"]
+    assert means[0]["methods"]["slm"]["seconds_train"] == {"mean": 2.0, "std": 0.0, "runs": 2}
+    page = html_path.read_text("utf8")
+    parse(page)
+    assert "55.0 ± 7.1" in page and "over 2 runs" in page and "All runs" in page
+    assert "55.0 ± 7.1" in (tmp_path / "report.md").read_text("utf8")
+    assert r"55.0 $\pm$ 7.1" in (tmp_path / "report.tex").read_text("utf8")
+
+
+def test_measures_that_follow_from_the_rest_of_a_run():
+    run = small_run("r", 0.5, routing={"accuracy": {"a": 1.0, "b": 0.5}})
+    run["methods"]["slm"]["matrix"] = [[0.5, None], [0.5, 0.75]]
+    run["methods"]["oracle"] = {"matrix": [[0.5, None], [0.5, 0.5]]}
+    run["methods"]["seq"] = {"matrix": [[0.5, None], [0.0, 0.25]], "forward_transfer_single": 0.125}
+    methods = measured(run)
+    assert methods["slm"]["routing_accuracy"] == 0.75 and "routing_accuracy" not in methods["oracle"]
+    assert methods["slm"]["forward_transfer_single"] == 0.25
+    assert methods["oracle"]["forward_transfer_single"] == 0.0
+    assert methods["seq"]["forward_transfer_single"] == 0.125  # was there already
+    run["methods"]["per_task"] = {"matrix": [[0.5, None], [0.5, 1.0]]}  # before "oracle" as the reference
+    assert measured(run)["slm"]["forward_transfer_single"] == -0.25
+    header = format_comparison(measured(run)).split("\n")[0]
+    assert "routing accuracy" in header and "forward transfer (single-task)" in header

@@ -5,7 +5,16 @@ from collections import Counter
 
 import pytest
 
-from slm_fast.continual.tasks import Example, Task, load_hub_task, load_jsonl_tasks, load_tasks, score
+from slm_fast.continual.hub import load_hub_task
+from slm_fast.continual.tasks import (
+    Example,
+    Task,
+    as_classification,
+    as_text,
+    load_jsonl_tasks,
+    load_tasks,
+    score,
+)
 
 
 def write_rows(path, rows):
@@ -146,6 +155,37 @@ def test_subset_is_deterministic_and_keeps_the_shares():
     assert len(task.subset(1000, 2).test) == 2
     with pytest.raises(ValueError, match="at least 1 row"):
         task.subset(0)
+
+
+def test_labels_as_text():
+    rows = [Example("it {shines}", "good"), Example("it rains", "bad")]
+    task = Task("mood", rows, rows[:1], labels=["bad", "good"], source="here")
+    text = as_text(task, "Is it {labels}?\n{text}")
+    assert text.kind == "generation" and text.metric == "accuracy" and text.source == "here"
+    assert text.train == [
+        Example("Is it bad, good?\nit {shines}", "good"),
+        Example("Is it bad, good?\nit rains", "bad"),
+    ]
+    assert text.test == text.train[:1] and task.labels == ["bad", "good"]
+    assert as_text(task).train == rows
+    assert as_text(text, "again {text}") is text  # asks already
+    for prompt in ("no text", "{labels}", "{text} {other}", "{text} {}"):
+        with pytest.raises(ValueError, match="prompt must hold {text}"):
+            as_text(task, prompt)
+
+
+def test_few_answers_as_labels():
+    rows = [Example("up?", "positive"), Example("down?", "negative")]
+    task = as_classification(Task("t", rows, rows[1:], metric="token_f1"))
+    assert task.labels == ["negative", "positive"] and task.metric == "accuracy"
+    assert as_classification(task) is task
+    with pytest.raises(ValueError, match="test answer 'sideways' does not occur in training"):
+        as_classification(Task("t", rows, [Example("?", "sideways")]))
+    free = [Example("why", f"because {i}") for i in range(30)]
+    with pytest.raises(
+        ValueError, match="task 'free' has 30 different answers, .* at most 20: free text needs"
+    ):
+        as_classification(Task("free", free, free))
 
 
 def test_unknown_metric():

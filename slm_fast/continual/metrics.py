@@ -8,13 +8,18 @@ DEFINITIONS = {
     "forgetting_first": "first minus last: mean over i < T-1 of R[i][i] - R[T-1][i]",
     "backward_transfer": "mean over i < T-1 of R[T-1][i] - R[i][i] (divided by T-1)",
     "forward_transfer": "mean over i > 0 of R[i-1][i] - b[i], b = before learning (Lopez-Paz, 2017)",
+    "forward_transfer_single": "mean over i > 0 of R[i][i] - s[i], s = task i learnt alone and told",
 }
+SINGLE_TASK = ("per_task", "oracle")  # methods whose R[i][i] is the score of task i learnt alone and told
 
 
-def summarize(matrix: Matrix, before: list[float] | None = None) -> dict[str, float | None]:
+def summarize(
+    matrix: Matrix, before: list[float] | None = None, single: list[float] | None = None
+) -> dict[str, float | None]:
     """All of `DEFINITIONS` for a matrix; None where the entries that a metric needs were not measured.
 
-    before: score on each task before anything was learnt, for forward transfer.
+    before: score on each task before anything was learnt.  single: score on each task learnt alone.
+    They are for the two forward transfers.
     """
     count = len(matrix)
     last = matrix[-1]
@@ -30,9 +35,25 @@ def summarize(matrix: Matrix, before: list[float] | None = None) -> dict[str, fl
         if count > 1 and all(None not in scores for scores in earlier):
             summary["forgetting"] = sum(max(s) - last[i] for i, s in enumerate(earlier)) / (count - 1)
     ahead = [matrix[i - 1][i] for i in range(1, count)]
-    if before is not None and ahead and None not in ahead:
-        summary["forward_transfer"] = sum(a - b for a, b in zip(ahead, before[1:], strict=True)) / len(ahead)
+    summary["forward_transfer"] = _mean_gain(ahead, before)
+    summary["forward_transfer_single"] = _mean_gain(first[1:], single)
     return summary
+
+
+def _mean_gain(scores: list[float | None], reference: list[float] | None) -> float | None:
+    """Mean of scores[i] - reference[i + 1]: the first task has nothing to transfer from."""
+    if reference is None or not scores or None in scores:
+        return None
+    return sum(score - other for score, other in zip(scores, reference[1:], strict=True)) / len(scores)
+
+
+def single_task_scores(matrices: dict[str, Matrix]) -> list[float] | None:
+    """R[i][i] of the first of `SINGLE_TASK` among the methods' matrices; None if there is none."""
+    for name in SINGLE_TASK:
+        matrix = matrices.get(name)
+        if matrix and None not in (diagonal := [matrix[i][i] for i in range(len(matrix))]):
+            return diagonal
+    return None
 
 
 def merge_tasks(confusion: list[list[float]], names: list[str], groups: list[set[str]]) -> dict[str, float]:

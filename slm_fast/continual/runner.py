@@ -1,51 +1,45 @@
 """Learns tasks one after the other, measures what is kept, and survives being killed at any point."""
 
-import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from slm_fast.answers import Prediction
-from slm_fast.config import CONFIG_NAME
+from slm_fast.continual.method import Method
+from slm_fast.continual.methods import METHODS, method_names
 from slm_fast.continual.metrics import DEFINITIONS, merge_tasks, summarize
 from slm_fast.continual.report import write_report
 from slm_fast.continual.tasks import Task, score
-from slm_fast.model import SLMModel, get_slm_model
-from slm_fast.trainer import SLMTrainer, default_arguments
+from slm_fast.model import SLMModel
+from slm_fast.trainer import default_arguments
 
 logger = logging.getLogger(__name__)
 
-METHODS = {
-    "slm": "SLM, no task id",
-    "oracle": "SLM, told the task",
-    "sequential": "one LoRA, sequential, told the task's head",
-}
-
 
 class ContinualRunner:
-    """Runs a sequence of tasks through the methods and reports on them.
-
-    "slm" learns every task with its own entries and answers one query at a time, without a task id.
-    "oracle" is the same trained model, told the task: its difference to "slm" is what retrieval costs.
-    "sequential" trains one LoRA of as many parameters on each task in turn and is told whose head to use.
+    """Runs a sequence of tasks through the methods of `METHODS` and reports on them.
 
     Args:
         model: an `SLMModel` with an empty pool (or the one that an interrupted run in `output_dir` left).
+            "slm" trains it; every other method leaves it as it is.
         tasks: in the order of learning.
         args: template of the training arguments; `output_dir` is replaced for each task.
         output_dir: the run's folder; a run with the same tasks found there is continued.
-        evaluate: "seen" or "all" tasks after each stage; "all" gives forward transfer.
+        methods: names from `METHODS`; "sequential" is an older name of "seq".
+        options: {method: its own settings}, see each method's `defaults`.
+        evaluate: "seen" or "all" tasks after each stage; "all" gives forward transfer where no task is told.
         max_length: tokens kept of an example.  max_new_tokens: of a generated answer.
     """
 
@@ -56,7 +50,8 @@ class ContinualRunner:
         args: TrainingArguments | None = None,
         *,
         output_dir: str | os.PathLike = "slm_run",
-        methods: tuple[str, ...] = ("slm", "oracle", "sequential"),
+        methods: Iterable[str] = ("slm", "oracle", "seq"),
+        options: dict[str, dict] | None = None,
         evaluate: str = "seen",
         batch_size: int = 32,
         max_length: int = 256,
@@ -68,21 +63,20 @@ class ContinualRunner:
             raise ValueError("tasks is empty")
         if len({task.name for task in tasks}) != len(tasks):
             raise ValueError("task names must be distinct")
-        unknown = [name for name in methods if name not in METHODS]
-        if unknown or "slm" not in methods:
-            raise ValueError(
-                f"methods must include slm and be among {', '.join(METHODS)}, got {', '.join(methods)}"
-            )
+        names, options = method_names(methods), options or {}
+        if unused := [name for name in options if name not in names]:
+            raise ValueError(f"options for {', '.join(unused)}, but the methods are {', '.join(names)}")
         if evaluate not in ("seen", "all"):
             raise ValueError(f'evaluate must be "seen" or "all", got {evaluate!r}')
-        self.model, self.tasks, self.methods = model, tasks, methods
+        self.model, self.tasks = model, tasks
         self.output_dir = Path(output_dir)
         self.args = default_arguments(str(self.output_dir)) if args is None else args
         self.args.disable_tqdm = not progress
         self.evaluate, self.seed, self.progress = evaluate, seed, progress
         self.predicting = dict(batch_size=batch_size, max_length=max_length, max_new_tokens=max_new_tokens)
         self.max_length = max_length
-        self.final: dict[str, list[Prediction]] = {}
+        self.methods: dict[str, Method] = {name: METHODS[name](self, options.get(name)) for name in names}
+        self.final: dict[str, list[Prediction]] = {}  # answers of "slm" after the last task
         self.state = self._load_state()
 
     # ---- the run's state on disk
@@ -98,20 +92,32 @@ class ContinualRunner:
             "batch_size": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
             "weight_decay": self.args.weight_decay,
             "max_length": self.max_length,
-            "oracle": "oracle" in self.methods,
         }
+        empty = {"identity": identity, "options": {}, "rows": {}, "seconds": {}, "steps": {}, "before": None}
         path = self.output_dir / "state.json"
         if path.is_file():
             try:
-                state = json.loads(path.read_text(encoding="utf8"))
+                state = empty | json.loads(path.read_text(encoding="utf8"))
             except json.JSONDecodeError as error:
                 raise OSError(f"{path} is damaged: {error}") from error
             if state["identity"] != json.loads(json.dumps(identity)):
                 raise ValueError(
                     f"{self.output_dir} holds another run (tasks or settings differ); choose a new folder"
                 )
+            for name, method in self.methods.items():
+                done = [len(state["rows"].get(m, ())) for m in (name, method.needs)]
+                if not method.own_stages and done[0] != done[1]:
+                    raise ValueError(
+                        f"{self.output_dir} holds another run: {method.needs} without {name} at its stages; "
+                        "choose a new folder"
+                    )
+                if (there := state["options"].get(name, method.options)) != method.options:
+                    raise ValueError(
+                        f"{self.output_dir} holds a run of {name} with the options {there}, "
+                        f"got {method.options}; choose a new folder"
+                    )
             return state
-        return {"identity": identity, "rows": {}, "seconds": {}, "before": None}
+        return empty
 
     def _save_state(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -123,109 +129,77 @@ class ContinualRunner:
 
     def fit(self) -> "ContinualRunner":
         """Learn and measure everything that is not done yet."""
+        slm = self.methods.get("slm") or METHODS["slm"](self)
         if self.state["before"] is None:
-            if self.model.pool.num_entries and not (self.output_dir / "slm").exists():
+            if self.model.pool.num_entries and not slm.folder.exists():
                 raise ValueError("the model's pool must be empty when a run starts")
-            self.state["before"] = [self._score(self.model, task) for task in self.tasks]
+            self.state["before"] = [self._score(task, slm.answers(task)) for task in self.tasks]
             self._save_state()
-        self._stages("slm", self.model)
-        for task in self.tasks:
+        for method in sorted(self.methods.values(), key=lambda method: method.needs is not None):
+            done = len(self.state["rows"].get(method.name, ())) == len(self.tasks)
+            if method.own_stages and (method is slm or not done):  # the model of "slm" is read in any case
+                with method.open():
+                    self._stages(method)
+        for task in self.tasks if "slm" in self.methods else ():
             if task.name not in self.final:  # the last stage was measured in an earlier process
-                self.final[task.name] = self._answers(self.model, task)
-        if "sequential" in self.methods and len(self.state["rows"].get("sequential", [])) < len(self.tasks):
-            self._fit_sequential()
+                self.final[task.name] = slm.answers(task)
         return self
 
-    def _fit_sequential(self) -> None:
-        pool, base, config = self.model.pool, self.model.unload(), self.model.slm_config
-        budget = replace(
-            config,
-            r=config.r * config.entries_per_task,
-            scaling=config.scaling / config.entries_per_task,
-            entries_per_task=1,
-            top_k=1,
-            weighting="uniform",
-            metric="grouped_cosine",
-            num_groups=1,
-            min_similarity=None,
-            key_method="group_avg",
-        )
+    @contextmanager
+    def base_model(self) -> Iterator[nn.Module]:
+        """The base without mixtures; the model gets its pool back at the end."""
+        pool = self.model.pool
         try:
-            model = get_slm_model(base, budget, encoder=self.model.encoder, tokenizer=self.model.tokenizer)
-            self._stages("sequential", model)
+            yield self.model.unload()
         finally:
             self.model.repatch(pool)
 
-    def _stages(self, method: str, model: SLMModel) -> None:
-        folder = self.output_dir / method
-        if (folder / CONFIG_NAME).is_file():
-            model.load_pool(folder)
-        rows = self.state["rows"].setdefault(method, [])
-        seconds = self.state["seconds"].setdefault(method, {"train": 0.0, "eval": 0.0})
-        for stage, task in enumerate(self.tasks):
-            if stage < len(rows):
-                continue
-            if task.name not in model.pool.tasks:
-                began = time.perf_counter()
-                try:
-                    self._learn(method, model, stage)
-                except BaseException:
-                    if task.name in model.pool.tasks:  # half learnt; its checkpoint on disk is continued
-                        model.remove_task(task.name)
-                    raise
-                model.save_pretrained(folder)
-                shutil.rmtree(self.output_dir / f"{method}-{task.name}", ignore_errors=True)
-                seconds["train"] += time.perf_counter() - began
-            began = time.perf_counter()
-            last = stage == len(self.tasks) - 1
-            others = self.tasks if self.evaluate == "all" and method == "slm" else self.tasks[: stage + 1]
-            row = [self._score(model, other, latest=method == "sequential") for other in others]
-            rows.append(row + [None] * (len(self.tasks) - len(row)))
-            if method == "slm" and "oracle" in self.methods:
-                told = [
-                    self._score(model, t, told=True) if last or t is task else None
-                    for t in self.tasks[: stage + 1]
-                ]
-                oracle = self.state["rows"].setdefault("oracle", [])
-                del oracle[stage:]
-                oracle.append(told + [None] * (len(self.tasks) - len(told)))
-            seconds["eval"] += time.perf_counter() - began
+    def _stages(self, method: Method) -> None:
+        """Learn and measure the stages that are left, also for methods that are measured at these."""
+        beside = [m for m in self.methods.values() if m.needs == method.name and not m.own_stages]
+        measured, last = [method, *beside], len(self.tasks) - 1
+        self.state["options"] |= {m.name: m.options for m in measured}
+        self._save_state()
+        for stage in range(len(self.state["rows"].get(method.name, ())), len(self.tasks)):
+            skipped = method.last_only and stage < last
+            if not skipped and not method.has_learnt(stage):
+                self._learn(method, stage)
+            scores = [[None] * len(self.tasks) if skipped else self._row(m, stage) for m in measured]
+            for m, row in zip(measured, scores, strict=True):
+                self.state["rows"].setdefault(m.name, []).append(row)
+                logger.info("%s after %s: %s", m.name, self.tasks[stage].name, row)
             self._save_state()
-            logger.info("%s after %s: %s", method, task.name, row)
 
-    def _learn(self, method: str, model: SLMModel, stage: int) -> None:
-        task = self.tasks[stage]
-        texts = [example.text for example in task.train]
-        model.add_task(task.name, texts, labels=task.labels, seed=self.seed + stage, progress=self.progress)
-        if method == "sequential" and stage:
-            model.pool.copy_entries(self.tasks[stage - 1].name, task.name)
-        self._train(model, task, method)
+    def _learn(self, method: Method, stage: int) -> None:
+        began = time.perf_counter()
+        steps = method.learn(stage)
+        method.save()
+        shutil.rmtree(method.checkpoints(stage), ignore_errors=True)
+        self.state["steps"][method.name] = self.state["steps"].get(method.name, 0) + steps
+        self._add_seconds(method, "train", began)
+        self._save_state()
 
-    def _train(self, model: SLMModel, task: Task, method: str) -> None:
-        args = copy.deepcopy(self.args)
-        args.output_dir = str(self.output_dir / f"{method}-{task.name}")
-        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        transformers.set_seed(self.seed)
-        trainer = SLMTrainer(model, args, task.train, task=task.name, max_length=self.max_length)
-        trainer.train(resume_from_checkpoint=checkpoint)
+    def _add_seconds(self, method: Method, what: str, began: float) -> None:
+        seconds = self.state["seconds"].setdefault(method.name, {})
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - began
 
     # ---- measuring
 
-    def _answers(
-        self, model: SLMModel, task: Task, told: bool = False, latest: bool = False
-    ) -> list[Prediction]:
-        texts = [example.text for example in task.test]
-        options = dict(self.predicting, progress=self.progress)
-        if latest:
-            newest = model.pool.task_names()[-1]
-            options["routing"] = model.pool.fixed_routing([newest] * len(texts))
-        return model.predict(texts, task=task.name if told or latest else None, **options)
+    def _row(self, method: Method, stage: int) -> list[float | None]:
+        """The method's row of the accuracy matrix."""
+        began = time.perf_counter()
+        row: list[float | None] = [None] * len(self.tasks)
+        for number in method.measured(stage):
+            task = self.tasks[number]
+            answers = method.answers(task)
+            row[number] = self._score(task, answers)
+            if method.name == "slm" and stage == len(self.tasks) - 1:
+                self.final[task.name] = answers
+        self._add_seconds(method, "eval", began)
+        return row
 
-    def _score(self, model: SLMModel, task: Task, told: bool = False, latest: bool = False) -> float:
-        predictions = self._answers(model, task, told, latest)
-        if model is self.model and not told:
-            self.final[task.name] = predictions  # the last stage's remain
-        return score(task, [p.answer or "" for p in predictions], [example.target for example in task.test])
+    def _score(self, task: Task, answers: list[Prediction]) -> float:
+        return score(task, [p.answer or "" for p in answers], [example.target for example in task.test])
 
     def routing_report(self) -> dict:
         """Confusion of true and chosen task, routing accuracy, and every entry's mean mass per task."""
@@ -275,20 +249,25 @@ class ContinualRunner:
         config = self.model.config
         pool = self.model.pool
         methods = {}
-        for method in self.methods:
-            matrix = self.state["rows"][method]
-            timing = self.state["seconds"].get(method, {})
-            methods[method] = {
-                "label": METHODS[method],
+        for method in self.methods.values():
+            matrix, seconds = self.state["rows"][method.name], self.state["seconds"].get(method.name, {})
+            methods[method.name] = {
+                "label": method.label,
                 "matrix": matrix,
-                **summarize(matrix, self.state["before"] if method == "slm" else None),
-                "seconds_train": timing.get("train"),
-                "seconds_eval": timing.get("eval"),
+                **summarize(matrix, None if method.told else self.state["before"]),
+                "seconds_train": seconds.get("train"),
+                "seconds_eval": seconds.get("eval"),
+                "steps": self.state["steps"].get(method.name),
+                "options": method.options,
             }
         if "oracle" in methods and methods["oracle"]["average_accuracy"]:
             ratio = methods["slm"]["average_accuracy"] / methods["oracle"]["average_accuracy"]
             methods["slm"]["ratio_to_oracle"] = ratio
-        per_entry = sum(pool.config.r * (i + o) for i, o in pool.modules_shape.values())
+        rank = pool.config.r * pool.config.entries_per_task
+        trainable = rank * sum(i + o for i, o in pool.modules_shape.values())
+        routed = {}
+        if "slm" in methods:
+            routed = {"routing": self.routing_report(), "requests": self.requests(requests)}
         return {
             "name": name,
             "tasks": [task.name for task in self.tasks],
@@ -296,7 +275,7 @@ class ContinualRunner:
             "base": {
                 "model": getattr(config, "_name_or_path", ""),
                 "parameters": sum(p.numel() for p in self.model.base_model.parameters()),
-                "trainable_per_task": per_entry * pool.config.entries_per_task,
+                "trainable_per_task": trainable,
             },
             "settings": pool.config.to_dict()
             | {
@@ -306,13 +285,18 @@ class ContinualRunner:
                 "learning_rate": self.args.learning_rate,
                 "batch_size": self.args.per_device_train_batch_size,
                 "max_length": self.max_length,
+                "seeds": {"run": self.seed, "training": self.args.seed},
+                "budget": {
+                    "epochs of a task": self.args.num_train_epochs,
+                    "trained parameters of a task, heads apart": trainable,
+                    "rank of one LoRA": rank,
+                },
                 "sources": {task.name: task.source for task in self.tasks},
             },
             "methods": methods,
             "metrics_note": DEFINITIONS,
-            "routing": self.routing_report(),
-            "requests": self.requests(requests),
-            "notes": [],
+            **routed,
+            "notes": [f"{method.label}: {method.note}" for method in self.methods.values() if method.note],
         }
 
 

@@ -1,4 +1,4 @@
-"""Tasks as data: rows of (text, target), read from JSON lines, from `datasets` or from installed packages.
+"""Tasks as data: rows of (text, target), read from JSON lines, from the hub or from installed packages.
 
     classification: text -> label name, `Task.labels` fixes the order of the classes
     generation:     text = the prompt, target = the completion, `Task.labels` is None
@@ -17,21 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 METRICS = ("accuracy", "token_f1")
-TEXT_COLUMNS = (
-    "text",
-    "sentence",
-    "content",
-    "review",
-    "question",
-    "question_title",
-    "query",
-    "utterance",
-    "title",
-)
-LABEL_COLUMNS = ("label", "label_text", "labels", "topic", "intent", "category", "class")
 GENERATION_FIELDS = (("instruction", "output"), ("input", "output"), ("prompt", "completion"))
 SPLIT_SEED = 0  # of the 80/20 split of data that came in one part
 HELD_OUT = 0.2
+MAX_ANSWERS = 20  # distinct answers of a generation task that can become labels
 EXACT_WORDS = 5  # generated answers that are longer on average are scored by token F1, not by exact match
 
 
@@ -190,15 +179,20 @@ def _jsonl_task(name: str, parts: dict[str, Path], labels: list[str] | None) -> 
     found = {example.target for example in train} if is_classification else set()
     ordered = [label for label in labels or () if label in found]
     ordered += sorted(found.difference(ordered))
-    answer_words = sum(len(example.target.split()) for example in test) / len(test)
     return Task(
         name,
         train,
         test,
         labels=ordered if is_classification else None,
         source=f"jsonl:{source}",
-        metric="accuracy" if is_classification or answer_words <= EXACT_WORDS else "token_f1",
+        metric="accuracy" if is_classification else answer_metric(test),
     )
+
+
+def answer_metric(rows: list[Example]) -> str:
+    """How generated answers are scored: exact match for those of a few words, else token F1."""
+    words = sum(len(example.target.split()) for example in rows) / len(rows)
+    return "accuracy" if words <= EXACT_WORDS else "token_f1"
 
 
 def _read_rows(path: Path, labels: list[str] | None) -> list[tuple[int, Example, bool]]:
@@ -271,95 +265,21 @@ def _label_name(label: object, labels: list[str] | None, where: str) -> str:
     return labels[label]
 
 
-# datasets
-
-
-def load_hub_task(
-    name: str | Path,
-    *,
-    config: str | None = None,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    task_name: str | None = None,
-) -> Task:
-    """A classification task of the Hub, of a folder that `datasets` can read, or of a `save_to_disk` folder.
-
-    Columns that are not named are looked for under the usual names. The test part is the split "test", else
-    "validation", else a fifth of "train". Rows without a label (-1 where the Hub hides it) are left out.
-    """
-    splits = _load_splits(str(name), config)
-    train_split = splits.get("train")
-    if train_split is None:
-        raise ValueError(f"{name} has no split 'train', only {', '.join(splits)}")
-    text_column = _find_column(train_split, text_column, TEXT_COLUMNS, "text_column", name)
-    label_column = _find_column(train_split, label_column, LABEL_COLUMNS, "label_column", name)
-    feature = train_split.features[label_column]
-    train = _hub_rows(train_split, text_column, label_column, feature)
-    held_out = next((splits[part] for part in ("test", "validation") if part in splits), None)
-    test = [] if held_out is None else _hub_rows(held_out, text_column, label_column, feature)
-    if not test:
-        train, test = split_rows(train, stratify=True)
-    if not train or not test:
-        raise ValueError(f"{name} has {len(train)} rows to train on and {len(test)} to test on")
-    known = {row.target for row in train}
-    for row in test:
-        if row.target not in known:
-            raise ValueError(f"{name}: test label {row.target!r} does not occur in training")
-    labels = [label for label in getattr(feature, "names", sorted(known)) if label in known]
-    return Task(task_name or Path(str(name)).name, train, test, labels=labels, source=f"hub:{name}")
-
-
-def _load_splits(name: str, config: str | None) -> dict:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            "loading a dataset needs the package datasets: pip install 'slm_fast[train]'"
-        ) from error
-    if _is_saved_dataset(Path(name)):
-        data = datasets.load_from_disk(name)
-    else:
-        data = datasets.load_dataset(name, config)
-    return dict(data) if isinstance(data, dict) else {"train": data}
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
-
-
-def _find_column(split, wanted: str | None, usual: tuple[str, ...], argument: str, name: str | Path) -> str:
-    for column in (wanted,) if wanted else usual:
-        if column in split.column_names:
-            return column
-    found = ", ".join(split.column_names)
-    raise ValueError(
-        f"{name} has no column {wanted or ' or '.join(usual)} but {found}: name it with {argument}="
-    )
-
-
-def _hub_rows(split, text_column: str, label_column: str, feature) -> list[Example]:
-    names = getattr(feature, "names", None)
-    rows = []
-    for text, label in zip(split[text_column], split[label_column], strict=True):
-        if text is None or label is None or label == -1:
-            continue
-        rows.append(Example(str(text), names[label] if names and isinstance(label, int) else str(label)))
-    return rows
-
-
 def load_tasks(spec: str | Path, names: Iterable[str] | None = None) -> list[Task]:
     """Tasks by one word: "docs", "chat", a folder, "hub:NAME", or NAME when no such folder exists.
 
     A folder is read as JSON lines, or by `datasets` when `save_to_disk` wrote it. A folder that is called
     docs or chat can be given as a Path or as "./docs".
     """
+    from slm_fast.continual.hub import is_saved_dataset, load_hub_task
+
     folder = Path(spec)
     if isinstance(spec, str) and spec in ("docs", "chat"):
         from slm_fast.continual import corpora
 
         tasks = corpora.documentation_tasks() if spec == "docs" else corpora.chat_tasks()
     elif folder.is_dir():
-        if not _is_saved_dataset(folder):
+        if not is_saved_dataset(folder):
             return load_jsonl_tasks(folder, names)
         tasks = [load_hub_task(folder)]
     elif isinstance(spec, Path) or str(spec).startswith((".", "/", "~")):
@@ -373,6 +293,46 @@ def load_tasks(spec: str | Path, names: Iterable[str] | None = None) -> list[Tas
         if name not in by_name:
             raise ValueError(f"no task {name!r} in {spec}, which has {', '.join(by_name)}")
     return [by_name[name] for name in names]
+
+
+# the other kind
+
+
+def as_text(task: Task, prompt: str = "{text}") -> Task:
+    """A classification task for a model that generates text: the answer is the label name, by exact match.
+
+    prompt: a format of `{text}` and, if it lists them, `{labels}`, the label names joined by commas. Raises
+    ValueError on another field, or without `{text}`.
+    """
+    if task.labels is None:
+        return task
+    names = ", ".join(task.labels)
+    fields = {field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None}
+    if "text" not in fields or not fields <= {"text", "labels"}:
+        raise ValueError(f"prompt must hold {{text}}, and {{labels}} if it lists them, got {prompt!r}")
+
+    def rows(part: list[Example]) -> list[Example]:
+        return [Example(prompt.format(text=row.text, labels=names), row.target) for row in part]
+
+    return replace(task, train=rows(task.train), test=rows(task.test), labels=None)
+
+
+def as_classification(task: Task) -> Task:
+    """A generation task for an encoder, which cannot answer with text: the distinct answers are the labels.
+
+    Raises ValueError where training has more than `MAX_ANSWERS` of them (free text), or testing has others.
+    """
+    if task.labels is not None:
+        return task
+    labels = sorted({row.target for row in task.train})
+    if len(labels) > MAX_ANSWERS:
+        raise ValueError(
+            f"task {task.name!r} has {len(labels)} different answers, a classification head takes at most "
+            f"{MAX_ANSWERS}: free text needs a base model that generates"
+        )
+    if other := {row.target for row in task.test} - set(labels):
+        raise ValueError(f"task {task.name!r}: test answer {min(other)!r} does not occur in training")
+    return replace(task, labels=labels, metric="accuracy")
 
 
 # scores

@@ -1,0 +1,197 @@
+"""Retrieval, one query at a time and without a task id: how many texts find their task, and at what cost.
+
+For every way to retrieve: the share of test texts whose largest routing mass is on their own task (also with
+tasks of equal labels as one), the mean mass there, the bytes of keys and statistics, and the time of a search
+for one query. Then the calibrated floor: the share of test texts that keep their mixture, and the share of
+other tasks' texts that fall to the frozen model. Then the time of a search against the number of tasks.
+
+    python benchmarks/bench_routing.py [--quick] [--benchmark bert5 all25] [--cache FOLDER] [--json FILE]
+
+Queries are rounded to fp16, in which `--cache` keeps them, so that a text is encoded once. `--quick`: 100
+texts a task, within a few minutes. The last line is JSON.
+"""
+
+import argparse
+import hashlib
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from cpu_timing import interleaved, machine, report
+from torch import Tensor
+
+from slm_fast.config import SLMConfig
+from slm_fast.continual.benchmarks import BENCHMARKS, load_benchmark, tasks_in_order
+from slm_fast.continual.metrics import merge_tasks
+from slm_fast.continual.tasks import Task
+from slm_fast.encoder import Encoder
+from slm_fast.pool import KnowledgePool
+
+PROBES = ("clinc150", "banking77", "hwu64", "trec6", "sst2", "mnli", "boolq")  # learnt by no task of bert5
+RETRIEVALS = {
+    "paper: last layer, cosine, learnt keys": SLMConfig.paper(),
+    "last layer, cosine, averaged keys": SLMConfig.paper(key_method="group_avg"),
+    "last layer, whitened": SLMConfig(query_layers=[-1]),
+    "layers 0, 3, 6, whitened": SLMConfig(query_layers=[0, 3, 6]),
+    "all layers, whitened, k-means keys": SLMConfig(key_method="kmeans"),
+    "all layers, whitened, 64 directions": SLMConfig(statistics_rank=64),
+    "all layers, whitened, 256 directions": SLMConfig(statistics_rank=256),
+    "all layers, whitened": SLMConfig(),
+    "all layers, whitened, all directions": SLMConfig(statistics_rank=1 << 20),
+}
+NUM_TASKS = (5, 25, 1000, 10_000)
+
+Queries = list[tuple[Tensor, Tensor]]  # of every task's training and test texts
+
+
+def encode(tasks: Sequence[Task], encoder: Encoder, cache: Path | None) -> Queries:
+    return [tuple(_encoded(part, encoder, cache) for part in (task.train, task.test)) for task in tasks]
+
+
+def _encoded(rows: Sequence, encoder: Encoder, cache: Path | None) -> Tensor:
+    texts = [row.text for row in rows]
+    name = hashlib.sha256("\0".join([str(encoder.settings()), *texts]).encode()).hexdigest()[:24]
+    path = None if cache is None else cache / f"{name}.pt"
+    if path is not None and path.is_file():
+        return torch.load(path, weights_only=True).float()
+    queries = encoder(texts, progress=True).half()
+    if path is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save(queries, path)
+    return queries.float()
+
+
+def selected(query: Tensor, layers: list[int] | str, num_layers: int) -> Tensor:
+    """The part of a query of all layers that belongs to some of them."""
+    if layers == "auto":
+        return query
+    slices = query.chunk(num_layers, dim=-1)
+    return torch.cat([slices[layer] for layer in layers], dim=-1)
+
+
+def learn(config: SLMConfig, tasks: Sequence[Task], queries: Queries) -> KnowledgePool:
+    """A pool with the tasks' keys and hardly any factors."""
+    pool = KnowledgePool(config, {"none": (1, 1)})
+    for task, (train, _) in zip(tasks, queries, strict=True):
+        pool.add_task(task.name, pool.learn_keys(train, config.key_method), queries=train)
+    return pool
+
+
+def size(pool: KnowledgePool) -> int:
+    """Bytes of keys and statistics."""
+    tensors = [pool.keys, pool.index_keys, pool.index_bias, *pool.metric.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def shared_labels(tasks: Sequence[Task]) -> list[set[str]]:
+    labelled = [task for task in tasks if task.labels is not None]
+    return [{other.name for other in labelled if other.labels == task.labels} for task in labelled]
+
+
+def routed(pool: KnowledgePool, tasks: Sequence[Task], queries: Queries) -> dict:
+    """Routing accuracy, mass on the own task, and size of one way to retrieve."""
+    confusion, own = [], []
+    for number, (_, test) in enumerate(queries):
+        mass, names = pool.task_mass(pool.search(test))
+        confusion.append((torch.bincount(mass.argmax(-1), minlength=len(names)) / len(mass)).tolist())
+        own.append(float(mass[:, number].mean()))
+    names = [task.name for task in tasks]
+    merged = merge_tasks(confusion, names, shared_labels(tasks))
+    found = {"accuracy": {name: confusion[i][i] for i, name in enumerate(names)}, "merged": merged}
+    return found | {"mass": dict(zip(names, own, strict=True)), "bytes": size(pool)}
+
+
+def mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def compare(names: Sequence[str], tasks: Sequence[Task], queries: Queries, num_layers: int) -> list[dict]:
+    rows, searches = [], {}
+    for name in names:
+        config = RETRIEVALS[name]
+        own = [tuple(selected(q, config.query_layers, num_layers) for q in pair) for pair in queries]
+        pool = learn(config, tasks, own)
+        rows.append({"retrieval": name, **routed(pool, tasks, own)})
+        searches[name] = lambda pool=pool, query=own[0][1][:1]: pool.search(query)
+    for row, times in zip(rows, interleaved(searches, 20).values(), strict=True):
+        row["milliseconds"] = 1e3 * statistics.median(times)
+    width = max(map(len, names))
+    print(f"\n{'retrieval':{width}}  accuracy  merged    mass      MB      ms")
+    for row in rows:
+        shares = "  ".join(f"{100 * mean(row[k]):6.2f}" for k in ("accuracy", "merged", "mass"))
+        print(
+            f"{row['retrieval']:{width}}    {shares}  {row['bytes'] / 1e6:6.1f}  {row['milliseconds']:6.3f}"
+        )
+    return rows
+
+
+def floors(tasks: Sequence[Task], queries: Queries, probes: Sequence[Task], outside: Queries) -> list[dict]:
+    """Shares of rows that keep a mixture, for every coverage."""
+    found = []
+    pool = learn(SLMConfig(min_similarity="auto"), tasks, queries)
+    print("\ncoverage   own texts kept   others' texts on the frozen model")
+    for coverage in (0.9, 0.95, 0.99):
+        pool.config.coverage = coverage
+        share = [
+            float((pool.search(test).weights.sum(1) > 0).float().mean()) for _, test in (*queries, *outside)
+        ]
+        kept = dict(zip((task.name for task in tasks), share, strict=False))
+        frozen = {t.name: 1 - s for t, s in zip(probes, share[len(tasks) :], strict=True)}
+        found.append({"coverage": coverage, "kept": kept, "frozen": frozen})
+        cells = "  ".join(f"{name} {100 * value:.0f}%" for name, value in frozen.items())
+        print(f"{coverage:8.2f}   {100 * mean(kept):13.1f}%   {cells}")
+    return found
+
+
+def growth(query: Tensor, encoder: Encoder, text: str) -> dict:
+    """Milliseconds of a search for one query, and of its encoding, against the number of tasks."""
+    searches = {}
+    for count in NUM_TASKS:
+        pool = KnowledgePool(SLMConfig(), {"none": (1, 1)})
+        generator = torch.Generator().manual_seed(count)
+        keys = torch.randn(4 * count, query.shape[1], generator=generator)
+        pool.add_task("all", keys)  # a search does not know whose keys they are
+        searches[str(count)] = lambda pool=pool: pool.search(query[:1])
+    times = {name: 1e3 * statistics.median(t) for name, t in interleaved(searches, 20).items()}
+    began, runs = time.perf_counter(), 5
+    for _ in range(runs):
+        encoder._encode([text])
+    times["encoding"] = 1e3 * (time.perf_counter() - began) / runs
+    print("\nms for one query: " + ", ".join(f"{k} {v:.3f}" for k, v in times.items()))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--benchmark", nargs="+", choices=BENCHMARKS, default=["bert5", "all25"])
+    parser.add_argument("--retrieval", nargs="+", choices=RETRIEVALS, default=list(RETRIEVALS))
+    parser.add_argument("--data", help="data folder, by default SLM_FAST_DATA's")
+    parser.add_argument("--cache", type=Path, help="folder where queries are kept")
+    parser.add_argument("--max-train", type=int)
+    parser.add_argument("--max-test", type=int)
+    parser.add_argument("--quick", action="store_true", help="bert5 alone, 100 texts a task")
+    parser.add_argument("--json", type=Path, help="write the result there")
+    args = parser.parse_args()
+    if args.quick:
+        args.benchmark, args.max_train, args.max_test = ["bert5"], 100, 100
+    limits = {"max_train": args.max_train, "max_test": args.max_test}
+    encoder, results = Encoder("minilm"), []
+    for name in args.benchmark:
+        tasks = load_benchmark(name, data=args.data, **limits)
+        queries = encode(tasks, encoder, args.cache)
+        print(f"\n{name}: {len(tasks)} tasks, {sum(len(q) for _, q in queries):,} test texts")
+        found = {"benchmark": name, "rows": {t.name: [len(t.train), len(t.test)] for t in tasks}}
+        found["retrievals"] = compare(args.retrieval, tasks, queries, len(encoder.layers))
+        others = [probe for probe in PROBES if probe not in tasks_in_order(name)]
+        if others:
+            probes = load_benchmark("all25", data=args.data, tasks=others, **limits)
+            found["floors"] = floors(tasks, queries, probes, encode(probes, encoder, args.cache))
+        results.append(found)
+    times = growth(queries[0][1], encoder, tasks[0].test[0].text)
+    report({"machine": machine(), "results": results, "milliseconds": times}, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What the metric keeps of a task's queries: moments in a few directions, never examples."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+DIRECTIONS = 32  # of the task's own Gaussian; more do not tell other inputs apart any better
+RIDGE = 0.1  # on its variances, in units of their mean
+FOLDS = 5
+NUM_QUANTILES = 1001
+
+
+def module_key(name: str) -> str:
+    """A task's name as a key of an `nn.ModuleDict`, which must not contain dots."""
+    return "task:" + name.replace("%", "%25").replace(".", "%2E")
+
+
+class Gaussian(NamedTuple):
+    """N(mean, diag(variance) + V^T V) of D values, V of a few rows. The inverse covariance is
+    diag(1 / variance) - whitener^T whitener, with C C^T = I + (V / variance) V^T and `whitener` [k, D] = C^-1
+    V / variance.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    whitener: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, V: Tensor, total: Tensor) -> "Gaussian":
+        """V [k, D] and the variances of the D values, V's share included."""
+        ridge = RIDGE * float(total.mean()) or 1e-12
+        variance = (total - V.square().sum(0)).clamp(min=0) + ridge
+        scaled = V / variance
+        inner = torch.eye(len(V)) + scaled @ V.T
+        whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), scaled, upper=False)
+        return cls(mean, variance, whitener)
+
+    def distance(self, query: Tensor) -> Tensor:
+        """Squared Mahalanobis distances [N] of queries [N, D]."""
+        off = query - self.mean
+        return (off.square() / self.variance).sum(1) - (off @ self.whitener.T).square().sum(1)
+
+
+def leading(centred: Tensor, rank: int) -> Tensor:
+    """[k, D]: the leading right singular vectors of `centred` [N, D] times their singular values, k at most
+    `rank`. Subspace iteration where there are many more; deterministic."""
+    rank = min(rank, *centred.shape)
+    wide = rank + 8
+    if wide < min(centred.shape):
+        start = torch.randn(centred.shape[1], wide, generator=torch.Generator().manual_seed(0))
+        basis = torch.linalg.qr(centred @ start).Q
+        for _ in range(3):
+            basis = torch.linalg.qr(centred @ (centred.T @ basis)).Q
+        centred = basis.T @ centred
+    _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
+    return values[:rank, None] * vectors[:rank]
+
+
+def _gaussian(query: Tensor) -> Gaussian:
+    mean, degrees = query.mean(0), max(len(query) - 1, 1)
+    centred = query - mean
+    return Gaussian.of(mean, leading(centred, DIRECTIONS) / degrees**0.5, centred.square().sum(0) / degrees)
+
+
+def held_out_distances(query: Tensor) -> Tensor:
+    """Each query's distance to the Gaussian of the other folds: [N], or [0] for a single query."""
+    if len(query) < 2:
+        return query.new_zeros(0)
+    order = torch.randperm(len(query), generator=torch.Generator().manual_seed(0))
+    distances = []
+    for fold in order.tensor_split(min(FOLDS, len(query))):
+        others = torch.ones(len(query), dtype=torch.bool)
+        others[fold] = False
+        distances.append(_gaussian(query[others]).distance(query[fold]))
+    return torch.cat(distances)
+
+
+class TaskStatistics(nn.Module):
+    """Count, mean and scatter of a task's queries [N, D], and how far from them its own texts lie.
+
+        scatter = V^T V + diag(rest)
+
+    V [k, D], fp16: the leading directions of the centred queries, all of them for up to k + 1 queries;
+    `rest`: what they leave of the diagonal. `quantiles`: of the held-out distances, 0 to 1. It stays on the
+    CPU wherever the pool is moved.
+    """
+
+    def __init__(self, dim: int, rank: int, num_quantiles: int = NUM_QUANTILES) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))  # among the tasks, by age
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("V", torch.zeros(rank, dim, dtype=torch.float16))
+        self.register_buffer("rest", torch.zeros(dim))
+        self.register_buffer("quantiles", torch.zeros(num_quantiles))
+        self._own: Gaussian | None = None
+
+    @classmethod
+    def of(cls, query: Tensor, rank: int, position: int) -> "TaskStatistics":
+        query = query.float().cpu()
+        mean = query.double().mean(0)
+        centred = query - mean.float()
+        V = leading(centred, min(rank, max(len(query) - 1, 1))).half()
+        distances = held_out_distances(query)
+        made = cls(query.shape[1], len(V), NUM_QUANTILES if len(distances) else 0)
+        made.count += len(query)
+        made.position += position
+        made.mean, made.V = mean, V
+        made.rest = (centred.square().sum(0) - V.float().square().sum(0)).clamp(min=0)
+        if len(distances):
+            made.quantiles = distances.quantile(torch.linspace(0, 1, NUM_QUANTILES))
+        return made
+
+    def scatter(self) -> Tensor:
+        """[D, D] fp32."""
+        V = self.V.float()
+        return (V.T @ V).add_(torch.diag(self.rest))
+
+    def is_outside(self, query: Tensor, coverage: float) -> Tensor:
+        """Which of the queries [N, D] lie farther away than a share `coverage` of the task's own texts."""
+        query = query.cpu()
+        if not len(self.quantiles):
+            return torch.zeros(len(query), dtype=torch.bool)
+        if self._own is None:
+            degrees, V = max(int(self.count) - 1, 1), self.V.float()
+            total = (self.rest + V.square().sum(0)) / degrees
+            self._own = Gaussian.of(self.mean.float(), V[:DIRECTIONS] / degrees**0.5, total)
+        return self._own.distance(query) > self.quantiles.quantile(coverage)
+
+    def _apply(self, fn, recurse=True):
+        return self

@@ -1,0 +1,150 @@
+import copy
+
+import pytest
+import torch
+from conftest import clustered_embeddings
+
+from slm_fast import SLMConfig
+from slm_fast.keys import Whitened
+from slm_fast.pool import KnowledgePool
+from slm_fast.task_statistics import NUM_QUANTILES, Gaussian, TaskStatistics, held_out_distances, leading
+
+LINEARS = {"a": (4, 4)}
+
+
+def low_rank(count, dim=48, rank=6, seed=0, noise=0.01):
+    generator = torch.Generator().manual_seed(seed)
+    signal = torch.randn(count, rank, generator=generator) @ torch.randn(rank, dim, generator=generator)
+    return signal + noise * torch.randn(count, dim, generator=generator) + 1
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (200, 40), (300, 600)])
+@pytest.mark.parametrize("rank", [1, 6, 1000])
+def test_leading_directions_are_those_of_the_svd(shape, rank):
+    centred = low_rank(*shape) - 1
+    got = leading(centred, rank)
+    _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
+    kept = min(rank, *shape)
+    want = values[:kept, None] * vectors[:kept]
+    assert got.shape == want.shape
+    torch.testing.assert_close(got.T @ got, want.T @ want, rtol=1e-3, atol=1e-3 * float(values[0] ** 2))
+    assert torch.equal(got, leading(centred, rank))
+
+
+def test_the_scatter_of_few_queries_is_exact():
+    query = clustered_embeddings(0, 20)
+    centred = query - query.mean(0)
+    kept = TaskStatistics.of(query, 512, 0)
+    assert kept.V.shape[0] == 19 and int(kept.count) == 20
+    torch.testing.assert_close(kept.scatter(), centred.T @ centred, rtol=2e-3, atol=2e-3)
+
+
+def test_the_diagonal_is_kept_whatever_the_rank():
+    query = low_rank(300, noise=1.0)
+    centred = query - query.mean(0)
+    kept = TaskStatistics.of(query, 3, 0)
+    assert kept.V.shape == (3, 48)
+    torch.testing.assert_close(kept.scatter().diagonal(), centred.square().sum(0))
+
+
+def test_distance_is_mahalanobis():
+    generator = torch.Generator().manual_seed(0)
+    V, total = torch.randn(3, 10, generator=generator), torch.full((10,), 12.0)
+    mean, query = torch.randn(10, generator=generator), torch.randn(7, 10, generator=generator)
+    gaussian = Gaussian.of(mean, V, total)
+    covariance = torch.diag(gaussian.variance) + V.T @ V
+    off = query - mean
+    want = torch.einsum("nd,de,ne->n", off, torch.linalg.inv(covariance), off)
+    torch.testing.assert_close(gaussian.distance(query), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.95])
+def test_the_floor_keeps_its_share_of_new_texts(coverage):
+    kept = TaskStatistics.of(low_rank(400, noise=1.0), 512, 0)
+    mixing = torch.Generator().manual_seed(0)
+    torch.randn(400, 6, generator=mixing)
+    directions = torch.randn(6, 48, generator=mixing)
+    fresh = torch.randn(2000, 6) @ directions + torch.randn(2000, 48) + 1
+    assert abs(float(kept.is_outside(fresh, coverage).float().mean()) - (1 - coverage)) < 0.04
+    assert kept.is_outside(fresh + 20, coverage).all()
+
+
+def test_one_query_has_no_floor():
+    assert held_out_distances(torch.ones(1, 8)).shape == (0,)
+    kept = TaskStatistics.of(torch.ones(1, 8), 4, 0)
+    assert not kept.is_outside(torch.randn(3, 8), 0.5).any()
+    same = TaskStatistics.of(torch.ones(9, 8), 4, 0)
+    assert len(same.quantiles) == NUM_QUANTILES and same.scatter().isfinite().all()
+    assert same.is_outside(torch.randn(3, 8), 0.5).all() and not same.is_outside(torch.ones(1, 8), 0.5).any()
+
+
+def make_pool(tasks, **settings):
+    pool = KnowledgePool(SLMConfig(r=1, entries_per_task=2, top_k=2, **settings), LINEARS)
+    for t in tasks:
+        query = clustered_embeddings(t, 40)
+        pool.add_task(f"task{t}", pool.learn_keys(query, "group_avg", seed=t), queries=query)
+    return pool
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2])
+def test_a_removed_task_leaves_no_trace_in_the_routing(removed):
+    pool, want = make_pool((0, 1, 2)), make_pool(t for t in (0, 1, 2) if t != removed)
+    pool.remove_task(f"task{removed}")
+    assert torch.equal(pool.metric.scatter, want.metric.scatter)
+    assert torch.equal(pool.metric.mean, want.metric.mean)
+    query = torch.cat([clustered_embeddings(t, 30) for t in range(4)])
+    got, expected = pool.search(query), want.search(query)
+    assert torch.equal(got.scores, expected.scores) and torch.equal(got.weights, expected.weights)
+    named = [[p.names[i] for i in r.indices.flatten().tolist()] for p, r in ((pool, got), (want, expected))]
+    assert named[0] == named[1]
+    pool.add_task("again", torch.zeros(1, pool.query_dim), queries=clustered_embeddings(5, 40))
+    assert int(pool.metric.tasks["task:again"].position) == 1 + max(
+        int(s.position) for name, s in pool.metric.tasks.items() if name != "task:again"
+    )
+
+
+def test_statistics_survive_loading_in_their_order():
+    config = SLMConfig()
+    metric, again = Whitened(config, 24), Whitened(config, 24)
+    for name in ("zebra", "a.b", "m"):
+        metric.update(name, clustered_embeddings(len(name), 30 + len(name)))
+    again.load_state_dict(dict(sorted(metric.state_dict().items())))
+    assert list(again.tasks) == list(metric.tasks) == ["task:zebra", "task:a%2Eb", "task:m"]
+    assert torch.equal(again.cholesky(), metric.cholesky()) and torch.equal(again.mean, metric.mean)
+    metric.remove("a.b")
+    again.remove("a.b")
+    assert torch.equal(again.cholesky(), metric.cholesky())
+    assert not metric.remove("a.b")
+
+
+def test_a_look_ahead_changes_nothing():
+    metric = Whitened(SLMConfig(), 24)
+    metric.update("first", clustered_embeddings(0, 30))
+    before = copy.deepcopy(metric)
+    ahead = metric.with_queries(clustered_embeddings(1, 30))
+    assert len(ahead.tasks) == 2 and not torch.equal(ahead.scatter, metric.scatter)
+    assert list(metric.tasks) == ["task:first"]
+    assert torch.equal(metric.scatter, before.scatter) and torch.equal(metric.mean, before.mean)
+
+
+def test_queries_outside_all_tasks_use_the_frozen_model():
+    pool = make_pool((0, 1, 2), min_similarity="auto", coverage=0.95)
+    inside = torch.cat([clustered_embeddings(t, 40) for t in range(3)])
+    outside = torch.cat([clustered_embeddings(t, 40) for t in (7, 8)])
+    kept = pool.search(inside).weights.sum(1) > 0
+    assert kept.float().mean() > 0.85
+    assert pool.search(outside).weights.sum(1).count_nonzero() < 8
+    assert (pool.search(outside, "task1").weights.sum(1) > 0).all()
+    told = pool.search(outside, ["task1", None] * 40).weights.sum(1) > 0
+    assert told[::2].all() and told[1::2].sum() < 8
+    pool.metric.tasks["task:task0"].quantiles.zero_()
+    pool.metric.tasks["task:task0"]._own = None
+    assert not (pool.search(inside[:40]).weights.sum(1) > 0).any()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"min_similarity": "high"}, {"min_similarity": "auto", "metric": "grouped_cosine"}]
+)
+def test_impossible_floors(settings):
+    with pytest.raises(ValueError, match="min_similarity must be a number"):
+        SLMConfig(**settings)
