@@ -345,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
         "--probes", help="tasks that are never learnt, scored before and after: clinc150,trec6"
     )
     learn.add_argument("--base", help="folder, hub id, GGUF file, minilm or smollm2")
-    learn.add_argument("--encoder", help="sentence encoder: folder, hub id or minilm")
+    learn.add_argument("--encoder", help="sentence encoder: folder, hub id, minilm or backbone")
     learn.add_argument(
         "--output", default="slm_run", help="folder of the run; an interrupted run is continued"
     )

@@ -49,7 +49,7 @@ class SLMConfig:
         init: where new entries start: "zero" (they change nothing yet) or "retrieved" (the mixture that the
             task's texts get from the entries that are there).
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
-            query stays under 4,096 values, else evenly spaced ones.
+            query stays under 4,096 values, else evenly spaced ones ("backbone": `auto_layers`).
         weighting: "softmax", "similarity" or "uniform".  temperature: of the softmax, in units of the score;
             None lets the metric choose.
         min_similarity: rows whose best score is lower use the frozen model. whitened: nats by which the key
@@ -59,8 +59,8 @@ class SLMConfig:
         mixing: "instance" (a mixture per row) or "batch" (the paper's evaluation: scores averaged over the
             batch).
         pooling: what a classification head reads: "mean", "first" or "last" token; "auto" by architecture.
-        encoder_name_or_path: sentence encoder, a folder or a hub id.  encoder_max_length: tokens kept of a
-            text.
+        encoder_name_or_path: sentence encoder, a folder or a hub id, or "backbone" for the base model itself.
+            encoder_max_length: tokens kept of a text.
         backend: "auto" or a name from `dispatch.available()`.
         faiss_above: pools with more entries than this are searched by FAISS (faiss-cpu, or faiss-gpu where
             the keys are on a CUDA device), except for searches restricted to tasks; None never does.
