@@ -16,54 +16,39 @@ from pathlib import Path
 
 import torch
 import transformers
+from bench_routing import learn, routed, selected
 
 from slm_fast.cli import print_run
 from slm_fast.config import SLMConfig
-from slm_fast.continual.metrics import merge_tasks
 from slm_fast.continual.runner import ContinualRunner, write_reports
 from slm_fast.continual.tasks import Task, load_jsonl_tasks
 from slm_fast.encoder import Encoder
 from slm_fast.loading import load_base
 from slm_fast.model import get_slm_model
-from slm_fast.pool import KnowledgePool
 from slm_fast.trainer import default_arguments
 
 TASKS = ["ag", "yelp", "amazon", "yahoo", "dbpedia"]
-SAME_LABELS = [{"yelp", "amazon"}]
 RETRIEVALS = {
-    "paper: last layer, grouped cosine, learnt keys": (SLMConfig.paper(), "paper"),
-    "last layer, grouped cosine, averaged keys": (SLMConfig.paper(), "group_avg"),
-    "last layer, whitened": (SLMConfig(query_layers=[-1]), "group_avg"),
-    "layers 0, 2, 6, whitened": (SLMConfig(query_layers=[0, 2, 6]), "group_avg"),
-    "all layers, whitened": (SLMConfig(), "group_avg"),
-    "all layers, whitened, k-means keys": (SLMConfig(), "kmeans"),
+    "paper: last layer, grouped cosine, learnt keys": SLMConfig.paper(),
+    "last layer, grouped cosine, averaged keys": SLMConfig.paper(key_method="group_avg"),
+    "last layer, whitened": SLMConfig(query_layers=[-1]),
+    "layers 0, 2, 6, whitened": SLMConfig(query_layers=[0, 2, 6]),
+    "all layers, whitened": SLMConfig(),
+    "all layers, whitened, k-means keys": SLMConfig(key_method="kmeans", temperature=32.0),
 }
 
 
-def select_layers(query: torch.Tensor, layers: list[int] | str, num_layers: int = 7) -> torch.Tensor:
-    """The part of an all-layer query that belongs to some layers."""
-    if layers == "auto":
-        return query
-    slices = query.chunk(num_layers, dim=-1)
-    return torch.cat([slices[layer] for layer in layers], dim=-1)
-
-
 def routing_table(tasks: list[Task], encoder: Encoder) -> list[dict]:
-    """Routing accuracy per task, one query at a time, of every retrieval."""
-    queries = [[encoder([e.text for e in part], progress=True) for part in (t.train, t.test)] for t in tasks]
+    """Routing accuracy per task, one query at a time, of every retrieval; `bench_routing.py` has more."""
+    queries = [
+        tuple(encoder([e.text for e in part], progress=True) for part in (t.train, t.test)) for t in tasks
+    ]
     rows = []
-    for name, (config, method) in RETRIEVALS.items():
-        pool = KnowledgePool(config, {"none": (1, 1)})
-        for task, (train, _) in zip(tasks, queries, strict=True):
-            query = select_layers(train, config.query_layers)
-            pool.add_task(task.name, pool.learn_keys(query, method), queries=query)
-        confusion = []
-        for _, test in queries:
-            mass, names = pool.task_mass(pool.search(select_layers(test, config.query_layers)))
-            confusion.append((torch.bincount(mass.argmax(-1), minlength=len(names)) / len(mass)).tolist())
-        accuracy = {t: confusion[i][i] for i, t in enumerate(names)}
-        merged = merge_tasks(confusion, names, SAME_LABELS)
-        rows.append({"retrieval": name, "accuracy": accuracy, "accuracy_shared_labels": merged})
+    for name, config in RETRIEVALS.items():
+        own = selected(queries, config.query_layers, len(encoder.layers))
+        found = routed(learn(config, tasks, own), tasks, own)
+        merged = found["merged"]
+        rows.append({"retrieval": name, "accuracy": found["accuracy"], "accuracy_shared_labels": merged})
     return rows
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from slm_fast.config import SLMConfig
 from slm_fast.continual.benchmarks import BENCHMARKS, load_benchmark, tasks_in_order
 from slm_fast.continual.metrics import merge_tasks
-from slm_fast.continual.tasks import Task
+from slm_fast.continual.tasks import Task, same_labels
 from slm_fast.encoder import Encoder
 from slm_fast.pool import KnowledgePool
 
@@ -63,31 +63,28 @@ def _encoded(rows: Sequence, encoder: Encoder, cache: Path | None) -> Tensor:
     return queries.float()
 
 
-def selected(query: Tensor, layers: list[int] | str, num_layers: int) -> Tensor:
-    """The part of a query of all layers that belongs to some of them."""
+def selected(queries: Queries, layers: list[int] | str, num_layers: int) -> Queries:
+    """The part of all-layer queries that belongs to some layers."""
     if layers == "auto":
-        return query
-    slices = query.chunk(num_layers, dim=-1)
-    return torch.cat([slices[layer] for layer in layers], dim=-1)
+        return queries
+
+    def part(query: Tensor) -> Tensor:
+        slices = query.chunk(num_layers, dim=-1)
+        return torch.cat([slices[layer] for layer in layers], dim=-1)
+
+    return [(part(train), part(test)) for train, test in queries]
 
 
 def learn(config: SLMConfig, tasks: Sequence[Task], queries: Queries) -> KnowledgePool:
-    """A pool with the tasks' keys and hardly any factors."""
-    pool = KnowledgePool(config, {"none": (1, 1)})
-    for task, (train, _) in zip(tasks, queries, strict=True):
-        pool.add_task(task.name, pool.learn_keys(train, config.key_method), queries=train)
-    return pool
+    return KnowledgePool.of_queries(
+        config, {task.name: train for task, (train, _) in zip(tasks, queries, strict=True)}
+    )
 
 
 def size(pool: KnowledgePool) -> int:
     """Bytes of keys and statistics."""
     tensors = [pool.keys, pool.index_keys, pool.index_bias, *pool.metric.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def shared_labels(tasks: Sequence[Task]) -> list[set[str]]:
-    labelled = [task for task in tasks if task.labels is not None]
-    return [{other.name for other in labelled if other.labels == task.labels} for task in labelled]
 
 
 def routed(pool: KnowledgePool, tasks: Sequence[Task], queries: Queries) -> dict:
@@ -98,7 +95,7 @@ def routed(pool: KnowledgePool, tasks: Sequence[Task], queries: Queries) -> dict
         confusion.append((torch.bincount(mass.argmax(-1), minlength=len(names)) / len(mass)).tolist())
         own.append(float(mass[:, number].mean()))
     names = [task.name for task in tasks]
-    merged = merge_tasks(confusion, names, shared_labels(tasks))
+    merged = merge_tasks(confusion, names, same_labels(tasks))
     found = {"accuracy": {name: confusion[i][i] for i, name in enumerate(names)}, "merged": merged}
     return found | {"mass": dict(zip(names, own, strict=True)), "bytes": size(pool)}
 
@@ -111,7 +108,7 @@ def compare(names: Sequence[str], tasks: Sequence[Task], queries: Queries, num_l
     rows, searches = [], {}
     for name in names:
         config = RETRIEVALS[name]
-        own = [tuple(selected(q, config.query_layers, num_layers) for q in pair) for pair in queries]
+        own = selected(queries, config.query_layers, num_layers)
         pool = learn(config, tasks, own)
         rows.append({"retrieval": name, **routed(pool, tasks, own)})
         searches[name] = lambda pool=pool, query=own[0][1][:1]: pool.search(query)

@@ -29,13 +29,11 @@ from pathlib import Path
 import contenders as common
 import torch
 import torch.nn.functional as F
-import transformers
 from bench_memory import reset_peak, resident
 from contenders import RANK, TARGET_NAMES, TARGETS, TOP_K
 from cpu_timing import interleaved, machine, report
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm_fast import Routing, SLMConfig, SLMModel, get_slm_model
 
@@ -50,16 +48,7 @@ def make_base(name: str, dtype: torch.dtype) -> torch.nn.Module:
     """SmolLM2-135M, or four layers of a LLaMA that is 1,024 wide, with random weights."""
     if name == "smol":
         return common.make_base("smol").to(dtype).train()
-    transformers.set_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        vocab_size=8192,
-    )
-    return LlamaForCausalLM(config).to(dtype).train()
+    return common.random_llama(1024, 2816, 4, 16, 8192, dtype).train()
 
 
 def make_engine(base: torch.nn.Module, targets) -> SLMModel:

@@ -34,17 +34,24 @@ def make_base(name: str) -> torch.nn.Module:
     """SmolLM2-135M, or two layers of LLaMA-2-7B's shape with random weights."""
     if name == "smol":
         return load_base("smollm2")[0].to(torch.bfloat16).eval()
+    return random_llama(4096, 11008, 2, 32, 32000, torch.bfloat16).eval()
+
+
+def random_llama(
+    hidden_size: int, intermediate_size: int, layers: int, heads: int, vocab_size: int, dtype: torch.dtype
+) -> LlamaForCausalLM:
+    """A LLaMA with random weights, the same at every call."""
     transformers.set_seed(0)
     config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=2,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
-        dtype=torch.bfloat16,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocab_size,
+        dtype=dtype,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return LlamaForCausalLM(config).to(dtype)
 
 
 def make_engine(base: torch.nn.Module, targets, entries: int) -> SLMModel:

@@ -1,8 +1,11 @@
 """Answers to routed texts: label names from the tasks' heads, generated text from the base model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from slm_fast.prompts import encode_prompts
@@ -45,9 +48,7 @@ def answer_all(
         for kind, rows in (("label", headed), ("text", free))
         for lo in range(0, len(rows), batch_size)
     ]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for kind, rows in tqdm(groups, desc="answering", disable=not progress or len(groups) < 2):
             part = [results[row] for row in rows]
             with model.state.use(routing.rows(rows)):
@@ -57,14 +58,27 @@ def answer_all(
                     answers = _texts(model, tokenizer, part, max_length, max_new_tokens)
             for result, answer in zip(part, answers, strict=True):
                 result.answer = answer
+
+
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Inside, the model is in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
 
 
-def _labels(model, tokenizer, part: list[Prediction], max_length: int) -> list[str]:
-    texts = [result.text for result in part]
+def text_features(model, tokenizer, texts: list[str], max_length: int) -> Tensor:
+    """What heads read of texts under the current routing: [B, H] fp32."""
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-    features = model.features(**encoded.to(model.device))
+    return model.features(**encoded.to(model.device))
+
+
+def _labels(model, tokenizer, part: list[Prediction], max_length: int) -> list[str]:
+    features = text_features(model, tokenizer, [result.text for result in part], max_length)
     answers = []
     for row, result in zip(features, part, strict=True):
         label = int(model.pool.head(result.task)(row).argmax())

@@ -199,10 +199,8 @@ def separation(
     config, parts = config or SLMConfig(), {task: query.chunk(folds) for task, query in queries.items()}
     correct = dict.fromkeys(queries, 0)
     for fold in range(folds):
-        pool = KnowledgePool(config, {"none": (1, 1)})
-        for task, part in parts.items():
-            kept = torch.cat(part[:fold] + part[fold + 1 :])
-            pool.add_task(task, pool.learn_keys(kept, config.key_method), queries=kept)
+        kept = {task: torch.cat(part[:fold] + part[fold + 1 :]) for task, part in parts.items()}
+        pool = KnowledgePool.of_queries(config, kept)
         for task, part in parts.items():
             mass, names = pool.task_mass(pool.search(part[fold]))
             correct[task] += int((mass.argmax(-1) == names.index(task)).sum())

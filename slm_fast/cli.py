@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slm_fast.config import KEY_METHODS, METRICS, SLMConfig
+from slm_fast.config import INITS, KEY_METHODS, METRICS, SLMConfig
+from slm_fast.continual.metrics import EVALUATED
 
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 # Of `learn` where neither an option nor a benchmark says otherwise.
@@ -34,16 +35,19 @@ DEFAULTS = dict(
 def _learn(args) -> int:
     from slm_fast.continual.runner import write_reports
     from slm_fast.continual.tables import format_comparison, mean_over_runs, measured, repeated_runs
+    from slm_fast.encoder import make_encoder
 
     args = _with_defaults(args)
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else [args.seed]
     runs = [(order, seed) for order in _orders(args) for seed in seeds]
     began, reports = time.perf_counter(), []
+    encoder = None if args.encoder == "backbone" else make_encoder(_config(args))  # one memory for all runs
     for order, seed in runs:
         folder = Path(args.output)
         if len(runs) > 1:
+            args.trained = args.trained or str(folder / "trained")
             folder /= f"order{order}-seed{seed}" if order else f"seed{seed}"
-        reports.append(_learn_once(args, order, seed, folder))
+        reports.append(_learn_once(args, order, seed, folder, encoder))
         print_run(reports[-1])
         print(f"\nmodel:  {folder / 'slm'}")
     for group in repeated_runs(reports):
@@ -55,7 +59,7 @@ def _learn(args) -> int:
     return 0
 
 
-def _learn_once(args, order: str | None, seed: int, folder: Path) -> dict:
+def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> dict:
     """Learn the tasks in one order with one seed; the run's report."""
     from slm_fast.continual.benchmarks import BENCHMARKS, answer_tokens, score_names
     from slm_fast.continual.probes import check_probes, probe
@@ -73,12 +77,13 @@ def _learn_once(args, order: str | None, seed: int, folder: Path) -> dict:
         report_to=_reporters(args.report_to),
     )
     base, tokenizer = load_base(args.base)
-    model = get_slm_model(base, _config(args), tokenizer=tokenizer)
+    model = get_slm_model(base, _config(args), encoder=encoder, tokenizer=tokenizer)
     tasks, probes = _tasks(args, order, seed, model.can_generate)
     check_probes(probes, [task.name for task in tasks], model.can_generate)
     limits = dict(max_length=args.max_length, max_new_tokens=answer_tokens(tokenizer, tasks + probes))
     options = dict(methods=args.methods.split(","), evaluate=args.evaluate, seed=seed)
-    runner = ContinualRunner(model, tasks, training, output_dir=folder, **options, **limits)
+    options |= dict(output_dir=folder, trained=args.trained)
+    runner = ContinualRunner(model, tasks, training, **options, **limits)
     name = Path(str(args.base)).name
     if args.benchmark:
         name = f"{args.benchmark}, order {order}, seed {seed}, {name}"
@@ -102,9 +107,11 @@ def _config(args) -> SLMConfig:
         target_modules=args.target if args.target == "all-linear" else args.target and args.target.split(","),
         metric=args.metric,
         key_method=args.keys,
+        init=args.init,
         top_k=args.top_k,
         entries_per_task=args.entries,
         min_similarity=args.min_similarity,
+        temperature=args.temperature,
         encoder_name_or_path=args.encoder,
     )
 
@@ -186,7 +193,7 @@ def _tensorboard_folder(folder: Path) -> Iterator[None]:
         del os.environ[TENSORBOARD]
 
 
-def _floor(text: str) -> float | str:
+def _number_or_word(text: str) -> float | str:
     """A number, or a word that `SLMConfig` may know."""
     try:
         return float(text)
@@ -354,11 +361,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--metric", choices=METRICS, default="whitened")
     learn.add_argument("--keys", choices=KEY_METHODS, default="group_avg")
+    learn.add_argument("--init", choices=INITS, default="zero", help="where a new task's entries start")
     learn.add_argument(
-        "--min-similarity", type=_floor, help="rows whose best score is lower use the frozen model"
+        "--min-similarity",
+        type=_number_or_word,
+        help='rows whose best score is lower use the frozen model; "auto": rows unlike the task\'s own texts',
+    )
+    learn.add_argument(
+        "--temperature",
+        type=_number_or_word,
+        help='of the weights; "auto" fits it to held-out training texts',
+    )
+    learn.add_argument(
+        "--trained",
+        help="folder of finished training, for commands to share (several orders or seeds: OUTPUT/trained)",
     )
     learn.add_argument("--methods", default="slm,oracle,seq", help="names, separated by commas")
-    learn.add_argument("--evaluate", choices=("seen", "all"), default="seen", help="tasks after each stage")
+    learn.add_argument("--evaluate", choices=EVALUATED, default="seen", help="tasks after each stage")
     learn.add_argument("--rank", type=int)
     learn.add_argument("--entries", type=int, help="pool entries of a task")
     learn.add_argument("--top-k", type=int)

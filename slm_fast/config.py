@@ -50,8 +50,12 @@ class SLMConfig:
             task's texts get from the entries that are there).
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
             query stays under 4,096 values, else evenly spaced ones ("backbone": `auto_layers`).
-        weighting: "softmax", "similarity" or "uniform".  temperature: of the softmax, in units of the score;
-            None lets the metric choose.
+        weighting: of a row's picks. "task": a softmax over the tasks among them by each one's best score, in
+            equal parts to its entries, so that a row that goes to one task is answered as it was when that
+            task was learnt, to the bit; "softmax", "similarity" or "uniform" over the entries. None is "task"
+            with averaged keys, which differ by noise alone, and "softmax" with others.
+        temperature: of the softmax, in units of the score. None lets the metric choose; "auto" (whitened,
+            "task") fits it when a task is learnt, on a part of its texts held out against the tasks known.
         min_similarity: rows whose best score is lower use the frozen model. whitened: nats by which the key
             must explain the query better than the mean of all tasks does; grouped_cosine: a cosine. "auto"
             (whitened): rows that lie farther from the best entry's task than a share `coverage` of the task's
@@ -78,8 +82,8 @@ class SLMConfig:
     key_masking: float = 0.2
     init: str = "zero"
     query_layers: list[int] | str = "auto"
-    weighting: str = "softmax"
-    temperature: float | None = None
+    weighting: str | None = None
+    temperature: float | str | None = None
     min_similarity: float | str | None = None
     coverage: float = 0.99
     statistics_rank: int = 512
@@ -98,13 +102,21 @@ class SLMConfig:
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(f"top_k must be an integer from 1 to {MAX_TOP_K}, got {self.top_k!r}")
         choices = dict(metric=METRICS, key_method=KEY_METHODS, init=INITS)
-        choices |= dict(weighting=WEIGHTINGS, mixing=MIXINGS, pooling=POOLINGS)
+        self.weighting = self.weighting or ("task" if self.key_method == "group_avg" else "softmax")
+        choices |= dict(weighting=("task", *WEIGHTINGS), mixing=MIXINGS, pooling=POOLINGS)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.temperature == "auto" and (self.metric, self.weighting) != ("whitened", "task"):
+            raise ValueError(
+                'temperature="auto" needs metric="whitened" and weighting="task", '
+                f"got {self.metric!r} and {self.weighting!r}"
+            )
         for name in ("temperature", "shrinkage"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if isinstance(value, str) and (name, value) != ("temperature", "auto"):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            if value not in (None, "auto") and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, or None, got {value!r}")
         floor = self.min_similarity
         if isinstance(floor, str):

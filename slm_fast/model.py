@@ -134,6 +134,20 @@ class SLMModel(nn.Module):
             start_from_mixture(self.pool, name, weights)
         return info
 
+    def take_tasks(self, directory: str | Path, names: Sequence[str] | None = None) -> list[TaskInfo]:
+        """Add tasks of a saved pool, by default all of them, as if they had been learnt here.
+
+        What a task learns from a zero start does not depend on the other tasks, so pools that were trained
+        apart, even on other machines, come together without loss. Raises OSError on missing or damaged files,
+        ValueError on another base, unknown or taken names and pools with another metric; nothing is changed
+        then.
+        """
+        other = load_pool(self.base_model, directory)
+        names = other.task_names() if names is None else list(names)
+        for name in names:
+            self.pool.check_take(other, name)
+        return [self.pool.take_task(other, name) for name in names]
+
     def remove_task(self, name: str) -> None:
         """Forget a task: its entries can never be picked again."""
         self.pool.remove_task(name)

@@ -1,5 +1,6 @@
 """The knowledge pool: keys, low-rank factors and ownership of every entry, with O(1) addition and removal."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from slm_fast import ops
 from slm_fast.config import SLMConfig
 from slm_fast.factors import Factors, grown
 from slm_fast.faiss_index import FaissIndex
-from slm_fast.keys import METRIC_CLASSES, learn_keys
+from slm_fast.keys import METRIC_CLASSES, TEMPERATURES, learn_keys
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
 
@@ -56,6 +57,7 @@ class KnowledgePool(nn.Module):
         self.tasks: dict[str, TaskInfo] = {}
         self.heads = nn.ModuleDict()
         self.names: dict[int, str] = {}
+        self._num_taken = 0  # tasks ever added: the number of the next one, which `slot_task` holds
         self.slot_of: dict[str, int] = {}
         self.version = 0
         self.owner: str | None = None
@@ -71,6 +73,7 @@ class KnowledgePool(nn.Module):
         self.register_buffer("active", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("slot_version", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("factors_version", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("slot_task", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("row_entry", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("keys", torch.zeros(0, 0))
         self.register_buffer("index_keys", torch.zeros(0, 0))
@@ -110,17 +113,29 @@ class KnowledgePool(nn.Module):
         """{slot: name of its task} of all entries."""
         return {slot: info.name for info in self.tasks.values() for slot in info.slots}
 
+    def rows_of(self, slots: list[int]) -> slice:
+        """The slab rows of entries that lie side by side, as a task's do."""
+        return slice(int(self.start[slots[0]]), int(self.start[slots[-1]] + self.rank[slots[-1]]))
+
+    @classmethod
+    def of_queries(cls, config: SLMConfig, queries: dict[str, Tensor]) -> "KnowledgePool":
+        """Keys and statistics of tasks, learnt from their queries [N, D], and hardly any factors: retrieval
+        by itself, to be measured."""
+        pool = cls(config, {"none": (1, 1)})
+        for name, query in queries.items():
+            pool.add_task(name, pool.learn_keys(query, config.key_method), queries=query)
+        return pool
+
     # ---- adding and removing
 
     def learn_keys(self, query: Tensor, method: str, seed: int = 0, progress=None) -> Tensor:
         """Keys for a new task from its queries [N, D]; see `keys.learn_keys`. The pool is not changed.
 
-        Clusters are sought in the metric as it will be once the task's queries are part of it.
+        Clusters are sought in the metric of the task alone: its keys depend on no other task.
         """
-        metric = self.metric
+        metric = self.new_metric(query.shape[1])
         if method == "kmeans":
-            metric = self.new_metric(query.shape[1]) if metric is None else metric
-            metric = metric.with_queries(query)
+            metric.update("", query)
         return learn_keys(query, self.config.entries_per_task, metric, self.config, method, seed, progress)
 
     def add_task(
@@ -146,6 +161,8 @@ class KnowledgePool(nn.Module):
         if not name or "/" in name or "\\" in name or name.startswith(".") or name == "__base__":
             raise ValueError(f"{name!r} cannot name a task: it becomes a folder name")
         self._check_queries(keys, "keys")
+        if queries is not None:
+            self._check_queries(queries, "queries")
         if labels is not None and (len(set(labels)) != len(labels) or not labels):
             raise ValueError(f"labels of task {name!r} must be distinct and not empty")
         if labels is not None and hidden_size is None:
@@ -157,8 +174,12 @@ class KnowledgePool(nn.Module):
         if self.query_dim is None:
             self._set_query_dim(keys.shape[1])
         if queries is not None:
-            self._check_queries(queries, "queries")
+            losses = (
+                self._held_out_losses(queries.to(self.keys)) if self.config.temperature == "auto" else None
+            )
             self.metric.update(name, queries.to(self.keys))
+            if losses is not None:
+                self.metric.tasks[module_key(name)].losses = losses
         info = TaskInfo(name, labels=list(labels) if labels is not None else None)
         self.version += 1
         self._settle()
@@ -171,7 +192,7 @@ class KnowledgePool(nn.Module):
             self.start[slot], self.rank[slot] = starts[m], ranks[m]
             self.row_entry[starts[m] : starts[m] + ranks[m]] = slot
             self.scaling[slot] = self.config.scaling if scaling is None else scaling
-            self.active[slot] = True
+            self.active[slot], self.slot_task[slot] = True, self._num_taken
             self.slot_version[slot] = self.factors_version[slot] = self.version
             self.keys[slot] = keys[m].to(self.keys)
         for factors in self.factors:
@@ -186,8 +207,58 @@ class KnowledgePool(nn.Module):
             nn.init.zeros_(head.bias)
             self.heads[module_key(name)] = head.requires_grad_(False)
         self.tasks[name] = info
+        self._num_taken += 1
         self.refresh_index(None if queries is not None and self.metric.has_statistics else info.slots)
         return info
+
+    @torch.no_grad()
+    def take_task(self, other: "KnowledgePool", name: str) -> TaskInfo:
+        """Add task `name` of another pool: its entries, keys, statistics and head, as if learnt here.
+
+        Raises ValueError when the name is taken, or the pools differ in linears, metric or size of a query.
+        """
+        self.check_take(other, name)
+        theirs, head = other.task(name), other.head(name)
+        info = self.add_task(
+            name,
+            other.keys[theirs.slots],
+            rank=other.rank[theirs.slots].tolist(),
+            labels=theirs.labels,
+            hidden_size=None if head is None else head.in_features,
+            generator=torch.Generator(),  # everything drawn here is overwritten
+        )
+        rows, to = other.rows_of(theirs.slots), self.rows_of(info.slots)
+        for mine, source in zip(self.factors, other.factors, strict=True):
+            mine.A[to], mine.B[to] = source.A[rows].to(mine.A), source.B[rows].to(mine.B)
+        self.scaling[info.slots] = other.scaling[theirs.slots].to(self.scaling)
+        if head is not None:
+            self.head(name).load_state_dict(head.state_dict())
+        if self.metric.has_statistics and module_key(name) in other.metric.tasks:
+            self.metric.take(name, copy.deepcopy(other.metric.tasks[module_key(name)]))
+            self.refresh_index()
+        return info
+
+    def check_take(self, other: "KnowledgePool", name: str) -> None:
+        """Raise ValueError where `take_task` would."""
+        other.task(name)
+        if name in self.tasks:
+            raise ValueError(f"the pool already has a task {name!r}")
+        if other.modules_shape != self.modules_shape:
+            raise ValueError(f"task {name!r} comes from a pool for other linears")
+        for what in ("metric", "query_dim"):
+            theirs, mine = (getattr(p if what == "query_dim" else p.config, what) for p in (other, self))
+            if theirs != mine and mine is not None:
+                raise ValueError(
+                    f"task {name!r} comes from a pool with {what}={theirs!r}, this one has {mine!r}"
+                )
+
+    def only(self, names: list[str]) -> "KnowledgePool":
+        """A pool of its own with some of the tasks, in the order of the names."""
+        pool = KnowledgePool(self.config, self.modules_shape, self.query_dim, self.factors[0].A.dtype)
+        pool.to(self.start.device)
+        for name in names:
+            pool.take_task(self, name)
+        return pool
 
     @torch.no_grad()
     def copy_entries(self, source: str, target: str) -> None:
@@ -198,10 +269,9 @@ class KnowledgePool(nn.Module):
         self.version += 1
         self._settle()
         for s, t in pairs:
-            begin, end, r = int(self.start[s]), int(self.start[t]), int(self.rank[s])
+            rows, to = self.rows_of([s]), self.rows_of([t])
             for factors in self.factors:
-                factors.A[end : end + r] = factors.A[begin : begin + r]
-                factors.B[end : end + r] = factors.B[begin : begin + r]
+                factors.A[to], factors.B[to] = factors.A[rows], factors.B[rows]
             self.slot_version[t] = self.factors_version[t] = self.version
 
     def remove_task(self, name: str) -> None:
@@ -212,9 +282,9 @@ class KnowledgePool(nn.Module):
             raise ValueError(f"task {name!r} is being trained")
         self.version += 1
         self._faiss = None
-        begin, size = int(self.start[info.slots[0]]), int(self.rank[info.slots].sum())
-        self._free_rows.setdefault(size, []).append(begin)
-        self.row_entry[begin : begin + size] = -1
+        rows = self.rows_of(info.slots)
+        self._free_rows.setdefault(rows.stop - rows.start, []).append(rows.start)
+        self.row_entry[rows] = -1
         for slot in info.slots:
             self._free_slots.append(slot)
             self.active[slot], self.slot_version[slot] = False, self.version
@@ -238,7 +308,17 @@ class KnowledgePool(nn.Module):
             return self._free_slots.pop()
         if self._num_slots == self.start.shape[0]:
             capacity = max(8, 2 * self._num_slots)
-            for name in ("start", "rank", "scaling", "active", "slot_version", "factors_version", "keys"):
+            of_slots = (
+                "start",
+                "rank",
+                "scaling",
+                "active",
+                "slot_version",
+                "factors_version",
+                "slot_task",
+                "keys",
+            )
+            for name in of_slots:
                 setattr(self, name, grown(getattr(self, name), capacity))
         self._num_slots += 1
         return self._num_slots - 1
@@ -269,10 +349,9 @@ class KnowledgePool(nn.Module):
             raise ValueError(f"task {self.owner!r} is being trained; finish it first")
         if self.factors_on_host and self.start.device.type != "cpu":
             raise ValueError(f"training needs the factors on {self.start.device}: call keep_on_host(False)")
-        begin = int(self.start[info.slots[0]])
-        end = int(self.start[info.slots[-1]] + self.rank[info.slots[-1]])
+        rows = self.rows_of(info.slots)
         for factors in self.factors:
-            factors.own(begin, end)
+            factors.own(rows.start, rows.stop)
         if info.labels is not None:
             self.head(name).requires_grad_(True)
         self.owner = name
@@ -346,7 +425,36 @@ class KnowledgePool(nn.Module):
             self.index_keys[slots], self.index_bias[slots] = self.metric.index(self.keys[slots])
 
     def temperature(self) -> float:
+        if self.config.temperature == "auto":
+            return self.metric.fitted_temperature()
         return self.config.temperature or self.metric.default_temperature
+
+    @torch.no_grad()
+    def _held_out_losses(self, query: Tensor) -> Tensor | None:
+        """What held-out queries of a new task lose on the question whose they are, among the tasks there are:
+
+            mean over the queries of -log softmax_t(max over the entries of t of score / temperature)[new]
+
+        at every one of `TEMPERATURES`. None where there is no other task, or too few queries.
+        """
+        num_keys, part = self.config.entries_per_task, len(query) // 5
+        if not self.tasks or not part or len(query) - part < num_keys:
+            return None
+        order = torch.randperm(len(query), generator=torch.Generator().manual_seed(0)).to(query.device)
+        held_out, rest = query[order[:part]], query[order[part:]]
+        metric = self.metric.only([*self.tasks])
+        metric.update("", rest)
+        own = learn_keys(rest, num_keys, metric, self.config, "group_avg")
+        keys, bias = metric.index(torch.cat([own, self.keys[self.active]]))
+        task = torch.cat(
+            [torch.full((num_keys,), self._num_taken, device=own.device), self.slot_task[self.active]]
+        )
+        _, number = task.unique(return_inverse=True)
+        scores = metric.transform(held_out) @ keys.T + bias
+        best = scores.new_full((part, len(self.tasks) + 1), -torch.inf)
+        best.scatter_reduce_(1, number.expand(part, -1), scores, "amax")
+        best = (best - best[:, number[:1]]).cpu()
+        return torch.stack([(best / temperature).logsumexp(1).mean() for temperature in TEMPERATURES])
 
     def search(self, query: Tensor, tasks: str | list[str | None] | None = None) -> Routing:
         """Route queries [B, D]: the `top_k` best entries and their weights, as a `Routing`.
@@ -367,20 +475,11 @@ class KnowledgePool(nn.Module):
             distinct = {t: self.active if t is None else self._task_mask(t) for t in set(tasks)}
             mask = torch.stack([distinct[t] for t in tasks]) if tasks else self.active.expand(0, -1)
         config = self.config
-        features, transform = query, self.metric.query_transform()
-        if config.mixing == "batch" and query.shape[0] > 0:
-            if mask.ndim == 2:
-                raise ValueError(
-                    'mixing="batch" shares one mixture and cannot restrict rows to different tasks'
-                )
-            features, transform = self.metric.transform(query).mean(0, keepdim=True), {}
+        if config.mixing == "batch" and mask.ndim == 2:
+            raise ValueError('mixing="batch" shares one mixture and cannot restrict rows to different tasks')
         calibrated = config.min_similarity == "auto"
-        options = transform | dict(
-            top_k=config.top_k,
-            weighting=config.weighting,
-            temperature=self.temperature(),
-            min_similarity=None if calibrated else config.min_similarity,
-        )
+        features, options = self._how_to_search(query, self.metric)
+        options["min_similarity"] = None if calibrated else config.min_similarity
         if tasks is None and config.faiss_above is not None and self.num_entries > config.faiss_above:
             if self._faiss is None:
                 self._faiss = FaissIndex(self.index_keys, self.index_bias, self.active)
@@ -389,7 +488,7 @@ class KnowledgePool(nn.Module):
             found = ops.key_search(
                 features, self.index_keys, self.index_bias, mask, **options, backend=self.backend
             )
-        routing = Routing.make(*found, self.version)
+        routing = self._weighted(Routing.make(*found, self.version))
         if calibrated and not isinstance(tasks, str):
             told = [False] * query.shape[0] if tasks is None else [task is not None for task in tasks]
             outside = self._outside(query, routing) & ~torch.tensor(told, dtype=torch.bool)
@@ -397,17 +496,56 @@ class KnowledgePool(nn.Module):
             routing = routing._replace(weights=weights)
         return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
 
+    def search_for_training(self, query: Tensor, name: str) -> Routing:
+        """Route a task's own queries [B, D] among its entries, as if the pool had no other task and no floor:
+        what is learnt with it depends on the task alone."""
+        self._check_queries(query, "query")
+        slots = torch.tensor(self.task(name).slots, device=self.keys.device)
+        metric = self.metric.only([name])
+        features, options = self._how_to_search(query.to(self.keys), metric)
+        keys, bias = metric.index(self.keys[slots])
+        mask = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
+        found = ops.key_search(features, keys, bias, mask, **options, backend=self.backend)
+        routing = Routing.make(*found, self.version)
+        routing = self._weighted(routing._replace(indices=slots[routing.indices.long()].to(routing.indices)))
+        return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
+
+    def _how_to_search(self, query: Tensor, metric: nn.Module) -> tuple[Tensor, dict]:
+        """What is compared with the keys, queries or their mean, and the options of a search."""
+        weighting = "softmax" if self.config.weighting == "task" else self.config.weighting
+        options = dict(top_k=self.config.top_k, weighting=weighting, temperature=self.temperature())
+        if self.config.mixing == "batch" and query.shape[0] > 0:
+            return metric.transform(query).mean(0, keepdim=True), options
+        return query, options | metric.query_transform()
+
+    def _weighted(self, routing: Routing) -> Routing:
+        """With weighting="task", the weights of a search by entries made those by tasks:
+
+        w[i] = softmax_t(max_{j of t} score[j] / temperature)[task of i] / (picks of the task of i)
+        """
+        if self.config.weighting != "task":
+            return routing
+        task, found = self.slot_task[routing.indices.long()], routing.scores > -torch.inf
+        same = (task[:, :, None] == task[:, None, :]) & found[:, None, :]
+        best = torch.where(same, routing.scores[:, None, :], -torch.inf).amax(-1)
+        weights = ((best - routing.scores[:, :1]) / self.temperature()).exp() / same.sum(-1).clamp(min=1)
+        weights = torch.where(found, weights, 0.0)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+        kept = (routing.weights != 0).any(-1, keepdim=True)  # not below the floor
+        return routing._replace(weights=torch.where(kept, weights, 0.0))
+
     def _outside(self, query: Tensor, routing: Routing) -> Tensor:
         """[B] bool: the queries that are too far from the task of their best entry to be one of its texts."""
-        of_task, best = self.tasks_of_slots(), routing.indices[:, 0].tolist()
-        rows: dict[str, list[int]] = {}
-        for row, slot in enumerate(best):
-            rows.setdefault(of_task[slot], []).append(row)
-        outside = torch.zeros(query.shape[0], dtype=torch.bool)
-        for name, members in rows.items():
+        best, outside = routing.indices[:, 0].long(), torch.zeros(query.shape[0], dtype=torch.bool)
+        numbers = self.slot_task[best]
+        for number in numbers.unique().tolist():
+            members = (numbers == number).nonzero().flatten().cpu()
+            name = self.names[int(best[members[0]])].rpartition(".")[0]
             if module_key(name) in self.metric.tasks:
                 statistics = self.metric.tasks[module_key(name)]
-                outside[members] = statistics.is_outside(query[members], self.config.coverage)
+                outside[members] = statistics.is_outside(
+                    query[members.to(query.device)], self.config.coverage
+                )
         return outside
 
     def fixed_routing(self, adapter_names: list[str]) -> Routing:

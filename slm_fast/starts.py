@@ -53,7 +53,8 @@ def start_from_mixture(pool: KnowledgePool, name: str, weights: Tensor) -> None:
     logger.info("task %r starts from the mixture of %d entries", name, len(others))
 
     def rows_of(slot: int) -> list[int]:
-        return list(range(int(pool.start[slot]), int(pool.start[slot] + pool.rank[slot])))
+        rows = pool.rows_of([slot])
+        return list(range(rows.start, rows.stop))
 
     sources = [row for slot in others for row in rows_of(slot)]
     targets = [row for of_rank in zip(*map(rows_of, own), strict=True) for row in of_rank]

@@ -18,7 +18,7 @@ from slm_fast.layers import is_plain
 from slm_fast.pool import KnowledgePool
 from slm_fast.task_statistics import module_key
 
-FORMAT = 2
+FORMAT = 3
 KEYS_NAME = "slm_keys.safetensors"
 HEADS_NAME = "slm_heads.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -65,8 +65,7 @@ def check_base(base: nn.Module, saved: dict, modules: dict[str, tuple[int, int]]
 
 
 def _adapter_files(pool: KnowledgePool, slot: int, base_name: str) -> dict[str, bytes]:
-    r = int(pool.rank[slot])
-    rows = slice(int(pool.start[slot]), int(pool.start[slot]) + r)
+    r, rows = int(pool.rank[slot]), pool.rows_of([slot])
     tensors = {}
     for name, factors in zip(pool.modules_shape, pool.factors, strict=True):
         tensors[f"base_model.model.{name}.lora_A.weight"] = factors.A[rows].detach().cpu().contiguous()
@@ -260,7 +259,7 @@ def load_pool(base: nn.Module, directory: str | Path) -> KnowledgePool:
 
 
 def _fill_entry(pool: KnowledgePool, slot: int, tensors: dict[str, Tensor], path: Path) -> None:
-    rows = slice(int(pool.start[slot]), int(pool.start[slot] + pool.rank[slot]))
+    rows = pool.rows_of([slot])
     for name, factors in zip(pool.modules_shape, pool.factors, strict=True):
         for side, target in (("A", factors.A[rows]), ("B", factors.B[rows].T)):
             key = f"base_model.model.{name}.lora_{side}.weight"

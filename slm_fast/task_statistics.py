@@ -82,11 +82,12 @@ class TaskStatistics(nn.Module):
         scatter = V^T V + diag(rest)
 
     V [k, D], fp16: the leading directions of the centred queries, all of them for up to k + 1 queries;
-    `rest`: what they leave of the diagonal. `quantiles`: of the held-out distances, 0 to 1. It stays on the
-    CPU wherever the pool is moved.
+    `rest`: what they leave of the diagonal. `quantiles`: of the held-out distances, 0 to 1. `losses`: of
+    held-out texts among the tasks known then, at every temperature of `keys.TEMPERATURES`, if one is fitted.
+    It stays on the CPU wherever the pool is moved.
     """
 
-    def __init__(self, dim: int, rank: int, num_quantiles: int = NUM_QUANTILES) -> None:
+    def __init__(self, dim: int, rank: int, num_quantiles: int = NUM_QUANTILES, num_losses: int = 0) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))  # among the tasks, by age
@@ -94,10 +95,11 @@ class TaskStatistics(nn.Module):
         self.register_buffer("V", torch.zeros(rank, dim, dtype=torch.float16))
         self.register_buffer("rest", torch.zeros(dim))
         self.register_buffer("quantiles", torch.zeros(num_quantiles))
+        self.register_buffer("losses", torch.zeros(num_losses))
         self._own: Gaussian | None = None
 
     @classmethod
-    def of(cls, query: Tensor, rank: int, position: int) -> "TaskStatistics":
+    def of(cls, query: Tensor, rank: int) -> "TaskStatistics":
         query = query.float().cpu()
         mean = query.double().mean(0)
         centred = query - mean.float()
@@ -105,7 +107,6 @@ class TaskStatistics(nn.Module):
         distances = held_out_distances(query)
         made = cls(query.shape[1], len(V), NUM_QUANTILES if len(distances) else 0)
         made.count += len(query)
-        made.position += position
         made.mean, made.V = mean, V
         made.rest = (centred.square().sum(0) - V.float().square().sum(0)).clamp(min=0)
         if len(distances):

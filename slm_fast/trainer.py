@@ -305,7 +305,8 @@ def encode_dataset(
 ) -> EncodedDataset | None:
     """Tokenise and route a dataset once: rows of input_ids, labels and their routing.
 
-    routing: one row that goes to all of them; without it they are retrieved, from the task's entries.
+    routing: one row that goes to all of them; without it they are retrieved, from the task's entries, as if
+        there were no other task.
     """
     if dataset is None or isinstance(dataset, EncodedDataset):
         return dataset
@@ -333,7 +334,8 @@ def encode_dataset(
     if not rows:
         raise ValueError("the dataset is empty")
     if routing is None:
-        routing = model.route(texts, task=task, progress=not quiet)
+        query = model.router.queries(texts, progress=not quiet)
+        routing = model.pool.search_for_training(query, task)
     else:
         routing = routing.repeat_interleave(len(rows))
     for number, row in enumerate(rows):

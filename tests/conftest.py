@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # the kernels run interpreted; decided before
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
+import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
 
@@ -66,9 +67,20 @@ def clustered_embeddings(task: int, count: int = 40, dim: int = DIM) -> torch.Te
     return centre + 0.5 * torch.randn(count, dim, generator=generator)
 
 
+def word_tokenizer(words: list[str], cls=transformers.PreTrainedTokenizerFast, **options):
+    """A tokenizer whose tokens are `words`, which hold [PAD], [EOS] and [UNK]."""
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
+    return cls(tokenizer_object=tokenizer, **special, **options)
+
+
 def tiny_model(family: str = "llama", num_tasks: int = 3, fill: bool = True, dtype=torch.float32, **config):
     """A small SLM model with `num_tasks` tasks and random factors, so that every mixture does something."""
-    settings = dict(r=4, top_k=2, entries_per_task=2, target_modules="all-linear", temperature=4.0)
+    settings = dict(
+        r=4, top_k=2, entries_per_task=2, target_modules="all-linear", weighting="softmax", temperature=4.0
+    )
     model = get_slm_model(tiny_base(family, dtype), SLMConfig(**(settings | config)))
     for t in range(num_tasks):
         model.add_task(f"task{t}", embeddings=clustered_embeddings(t), progress=False)

@@ -9,10 +9,7 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import tiny_base
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from conftest import tiny_base, word_tokenizer
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
@@ -28,10 +25,7 @@ TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w2 w1"]
 
 
 def tokenizer(**options) -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    special = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
-    return PreTrainedTokenizerFast(tokenizer_object=words, **special, **options)
+    return word_tokenizer(WORDS, **options)
 
 
 def base_of(family: str, num_layers: int = 4, dtype=torch.float32):

@@ -128,7 +128,11 @@ def test_a_benchmark_in_two_orders_with_a_probe(minilm, data_folder, tmp_path, c
     assert first["methods"]["slm"]["forward_transfer_single"] is not None
     for folder in ("order4-seed0", "order5-seed0"):
         assert (tmp_path / folder / "slm" / "slm_config.json").is_file()
-        assert str(tmp_path / folder / "tensorboard") in Recorder.folders
+    assert set(Recorder.folders) == {
+        str(tmp_path / "order4-seed0" / "tensorboard")
+    }  # the rest was taken over
+    assert len(list((tmp_path / "trained").glob("slm-*/slm_config.json"))) == 2
+    assert first["methods"]["slm"]["steps"] == second["methods"]["slm"]["steps"] > 0
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
     for name in ("report.html", "report.md", "report.tex"):
         text = (tmp_path / name).read_text("utf8")

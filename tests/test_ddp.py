@@ -49,7 +49,7 @@ def others(model):
     """The factors of the task that was learnt before, and the base."""
     pool = model.pool
     slots = pool.task("task0").slots
-    rows = slice(int(pool.start[slots[0]]), int(pool.start[slots[-1]] + pool.rank[slots[-1]]))
+    rows = pool.rows_of(slots)
     factors = [t[rows] for f in pool.factors for t in (f.A, f.B)]
     return [t.clone() for t in (*factors, pool.keys, *model.base_model.state_dict().values())]
 

@@ -32,7 +32,9 @@ def family_model(family: str, dtype=torch.float32, **config):
     for layer in base.model.layers:
         for name in ("q_proj", "k_proj", "v_proj"):
             torch.nn.init.normal_(getattr(layer.self_attn, name).bias)
-    settings = dict(r=4, top_k=2, entries_per_task=2, target_modules="all-linear", temperature=4.0)
+    settings = dict(
+        r=4, top_k=2, entries_per_task=2, target_modules="all-linear", weighting="softmax", temperature=4.0
+    )
     model = get_slm_model(base, SLMConfig(**(settings | config)))
     for t in range(3):
         model.add_task(f"task{t}", embeddings=clustered_embeddings(t), progress=False)

@@ -4,10 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import clustered_embeddings, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from conftest import clustered_embeddings, tiny_model, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from slm_fast.encoder import make_encoder
@@ -41,10 +38,7 @@ class SignallingTokenizer(PreTrainedTokenizerFast):
 @pytest.fixture
 def model():
     model = tiny_model("llama")
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    special = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
-    model.tokenizer = SignallingTokenizer(tokenizer_object=words, **special)
+    model.tokenizer = word_tokenizer(WORDS, SignallingTokenizer)
     waiting = WaitingEncoder()
     model.encoder, model.waiting = make_encoder(model.slm_config, waiting), waiting
     model.tokenizer.signal = waiting.started

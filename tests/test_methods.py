@@ -39,9 +39,7 @@ def finished(tmp_path_factory) -> ContinualRunner:
 
 def entry(pool, name: str) -> list[torch.Tensor]:
     """Copies of the factors of a task's entries, A and B by turns."""
-    rows = [
-        r for s in pool.task(name).slots for r in range(int(pool.start[s]), int(pool.start[s] + pool.rank[s]))
-    ]
+    rows = pool.rows_of(pool.task(name).slots)
     return [t[rows].clone() for f in pool.factors for t in (f.A, f.B)]
 
 
@@ -223,7 +221,7 @@ def test_fisher_information_and_penalty_by_hand(make_runner):
             theta.append({name: p.detach().clone() for name, p in parameters.items()})
         for name, total in method.fisher.items():
             torch.testing.assert_close(total, fisher[0][name] + fisher[1][name], rtol=1e-3, atol=1e-9)
-        method.add(2)
+        method.add(method.tasks[2])
         with model.training_task(tasks[2].name):
             parameters = entry_parameters(model.pool)
             method.penalty().backward()

@@ -1,10 +1,12 @@
 import copy
+import math
 
 import pytest
 import torch
 from conftest import DIM, clustered_embeddings
 
 from slm_fast import KnowledgePool, SLMConfig
+from slm_fast.keys import TEMPERATURES
 
 
 def make_pool(num_tasks=2, **config) -> KnowledgePool:
@@ -192,3 +194,185 @@ def test_labels_must_be_distinct():
     assert pool.head("x.y%").weight.shape == (2, 8)
     pool.remove_task("x.y%")
     assert len(pool.heads) == 0
+
+
+def learnt(pool: KnowledgePool, name: str) -> list[torch.Tensor]:
+    """Everything that a pool holds of a task."""
+    slots, head = pool.task(name).slots, pool.head(name)
+    rows = pool.rows_of(slots)
+    held = [t[rows] for f in pool.factors for t in (f.A, f.B)]
+    held += [pool.keys[slots], pool.rank[slots], pool.scaling[slots]]
+    return held + ([] if head is None else [head.weight, head.bias])
+
+
+def trained_pool(*tasks: int) -> KnowledgePool:
+    """Tasks of mixed ranks, every other one with a head, with factors that look trained."""
+    pool = KnowledgePool(SLMConfig(r=3, top_k=2), {"a": (8, 6), "b": (6, 8)})
+    for t in tasks:
+        generator = torch.Generator().manual_seed(t)
+        labels = dict(labels=["x", "y"], hidden_size=4) if t % 2 else {}
+        options = dict(rank=[2, 3], scaling=0.5 + t, generator=generator, **labels)
+        query = clustered_embeddings(t)
+        pool.add_task(f"t{t}", query[:2], queries=query, **options)
+        rows = pool.rows_of(pool.task(f"t{t}").slots)
+        for factors in pool.factors:
+            factors.B[rows] = torch.randn(factors.B[rows].shape, generator=generator)
+    return pool
+
+
+def test_tasks_of_other_pools_are_as_if_learnt_here():
+    together, first, second = trained_pool(0, 1, 2), trained_pool(0, 2), trained_pool(3, 1)
+    first.take_task(second, "t1")
+    assert first.task_names() == ["t0", "t2", "t1"] and first.task("t1").labels == ["x", "y"]
+    for t in range(3):
+        ours, theirs = learnt(first, f"t{t}"), learnt(together, f"t{t}")
+        assert all(map(torch.equal, ours, theirs))
+        query = clustered_embeddings(t, 7)
+        routing, wanted = first.search(query), together.search(query)
+        torch.testing.assert_close(routing.weights, wanted.weights)
+        named = [
+            [pool.names[i] for i in r.indices.flatten().tolist()]
+            for pool, r in ((first, routing), (together, wanted))
+        ]
+        assert named[0] == named[1]
+    learnt(second, "t1")[1].zero_()
+    assert torch.equal(learnt(first, "t1")[1], learnt(together, "t1")[1])  # a copy
+    first.remove_task("t1")
+    again = trained_pool(0, 2)
+    assert torch.equal(first.metric.cholesky(), again.metric.cholesky())
+
+
+def test_a_part_of_a_pool_is_a_pool():
+    part = trained_pool(0, 1, 2).only(["t2", "t1"])
+    whole = trained_pool(2, 1)
+    assert part.task_names() == whole.task_names() == ["t2", "t1"]
+    assert torch.equal(part.metric.cholesky(), whole.metric.cholesky())
+    query = clustered_embeddings(1, 5)
+    assert all(map(torch.equal, part.search(query)[:3], whole.search(query)[:3]))
+
+
+def test_tasks_of_pools_that_do_not_fit_are_refused():
+    pool, other = trained_pool(0), trained_pool(0, 1)
+    with pytest.raises(ValueError, match="already has a task 't0'"):
+        pool.take_task(other, "t0")
+    with pytest.raises(ValueError, match="unknown task 'x'"):
+        pool.take_task(other, "x")
+    with pytest.raises(ValueError, match="'t0' comes from a pool for other linears"):
+        KnowledgePool(SLMConfig(), {"a": (8, 6)}).take_task(other, "t0")
+    cosine = KnowledgePool(SLMConfig(metric="grouped_cosine"), pool.modules_shape)
+    with pytest.raises(ValueError, match="with metric='whitened', this one has 'grouped_cosine'"):
+        cosine.take_task(other, "t0")
+    with pytest.raises(ValueError, match=f"with query_dim={DIM}, this one has 12"):
+        KnowledgePool(SLMConfig(), pool.modules_shape, 12).take_task(other, "t0")
+    assert pool.task_names() == ["t0"] and not cosine.tasks
+
+
+@pytest.mark.parametrize("key_method", ["group_avg", "kmeans", "paper"])
+@pytest.mark.parametrize("metric", ["whitened", "grouped_cosine"])
+def test_training_sees_no_other_task(key_method, metric):
+    config = SLMConfig(metric=metric, num_groups=4, key_method=key_method, min_similarity=1e9)
+    alone, among = (KnowledgePool(config, {"a": (8, 6)}) for _ in range(2))
+    query = clustered_embeddings(5, 30)
+    for t in range(4):
+        other = clustered_embeddings(t)
+        among.add_task(f"t{t}", among.learn_keys(other, key_method), queries=other)
+    for pool in (alone, among):
+        pool.add_task("new", pool.learn_keys(query, key_method, seed=3), queries=query)
+    ours, theirs = (pool.search_for_training(query, "new") for pool in (among, alone))
+    assert torch.equal(ours.indices - among.task("new").slots[0], theirs.indices)
+    assert torch.equal(ours.weights, theirs.weights) and (ours.weights > 0).all()
+    assert (ours.pool_version == among.version).all()
+    among.check_routing(ours)
+
+
+def by_tasks(scores, tasks, temperature):
+    """One row's weights by hand."""
+    best = {t: max(s for s, of in zip(scores, tasks, strict=True) if of == t) for t in set(tasks)}
+    total = sum(math.exp(s / temperature) for s in best.values())
+    return [math.exp(best[t] / temperature) / total / tasks.count(t) for t in tasks]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 8])
+def test_weights_by_tasks_by_hand(top_k):
+    pool = KnowledgePool(SLMConfig(r=1, top_k=top_k, temperature=40.0), {"a": (8, 6)})
+    for t in range(3):
+        query = clustered_embeddings(t)
+        pool.add_task(f"t{t}", query[:2], queries=query)
+    query = torch.cat([clustered_embeddings(t, 5) for t in range(3)] + [torch.zeros(1, DIM)])
+    routing = pool.search(query)
+    several = 0
+    for scores, weights, indices in zip(
+        *(x.tolist() for x in (routing.scores, routing.weights, routing.indices)), strict=True
+    ):
+        real = [n for n, s in enumerate(scores) if s > -math.inf]
+        tasks = [indices[n] // 2 for n in real]
+        several += len(set(tasks)) > 1
+        assert [weights[n] for n in real] == pytest.approx(
+            by_tasks([scores[n] for n in real], tasks, 40.0), abs=1e-6
+        )
+        assert sum(weights) == pytest.approx(1.0)
+    assert (several > 0) == (top_k > 2)  # a task's two entries come first
+    told = pool.search(query, "t1")
+    assert set(told.weights.flatten().tolist()) <= {0.0, 1 / min(top_k, 2)}
+
+
+def test_a_task_alone_has_the_weights_of_its_training():
+    pool = make_pool(3)
+    for t in range(3):
+        query = clustered_embeddings(t, 20)
+        free, training = pool.search(query), pool.search_for_training(query, f"t{t}")
+        assert torch.equal(free.weights, training.weights)
+        assert torch.equal(free.indices.sort().values, training.indices.sort().values)
+
+
+def test_weights_by_tasks_know_the_floor_and_no_entries_twice():
+    pool = make_pool(2, min_similarity=1e9)
+    assert pool.search(clustered_embeddings(0, 3)).weights.count_nonzero() == 0
+    assert (pool.search_for_training(clustered_embeddings(0, 3), "t0").weights == 0.5).all()
+    assert SLMConfig().weighting == "task" and SLMConfig(key_method="kmeans").weighting == "softmax"
+
+
+def test_a_fitted_temperature():
+    pool = KnowledgePool(SLMConfig(r=1, temperature="auto"), {"a": (8, 6)})
+    assert SLMConfig.from_dict(pool.config.to_dict()) == pool.config
+    noise = torch.randn(3, 60, DIM, generator=torch.Generator().manual_seed(0))
+    for t in range(3):
+        query = noise[t] * torch.linspace(0, 3, 60)[:, None] + 0.1 * clustered_embeddings(t, 1)  # heavy tails
+        pool.add_task(f"t{t}", query[:4], queries=query)
+        losses = [len(task.losses) for task in pool.metric.tasks.values()]
+        assert losses == [0] + [len(TEMPERATURES)] * t
+        if t == 0:
+            assert pool.temperature() == pool.metric.default_temperature
+    curves = torch.stack([task.losses for task in pool.metric.tasks.values()][1:]).mean(0)
+    assert pool.temperature() == TEMPERATURES[int(curves.argmin())]
+    assert curves.min() < curves[0] and curves.min() < curves[-1]
+    # by hand: the second task's held-out fifth, searched in a pool that knows the rest of it
+    query = noise[1] * torch.linspace(0, 3, 60)[:, None] + 0.1 * clustered_embeddings(1, 1)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    without = KnowledgePool(SLMConfig(r=1, top_k=8), {"a": (8, 6)})
+    without.take_task(pool, "t0")
+    rest = query[order[12:]]
+    without.add_task("t1", without.learn_keys(rest, "group_avg"), queries=rest)
+    routing = without.search(query[order[:12]])
+    first = routing.indices < 4
+    best = torch.stack([routing.scores.where(of, -torch.inf).amax(1) for of in (first, ~first)], 1)
+    losses = [
+        torch.nn.functional.cross_entropy(best / t, torch.ones(12, dtype=torch.long)) for t in TEMPERATURES
+    ]
+    torch.testing.assert_close(pool.metric.tasks["task:t1"].losses, torch.stack(losses), rtol=1e-4, atol=1e-5)
+    pool.remove_task("t1")
+    assert pool.temperature() == TEMPERATURES[int(pool.metric.tasks["task:t2"].losses.argmin())]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(temperature="fit"),
+        dict(temperature="auto", metric="grouped_cosine"),
+        dict(temperature="auto", weighting="softmax"),
+        dict(shrinkage="auto"),
+    ],
+)
+def test_temperatures_that_cannot_be_fitted(wrong):
+    with pytest.raises(ValueError, match="temperature|shrinkage"):
+        SLMConfig(**wrong)

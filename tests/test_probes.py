@@ -1,10 +1,6 @@
 import pytest
 import torch
-from conftest import clustered_embeddings, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from conftest import clustered_embeddings, tiny_model, word_tokenizer
 
 from slm_fast.continual.probes import probe
 from slm_fast.continual.tasks import Example, Task, as_text
@@ -26,10 +22,7 @@ def embed(texts):
 
 def make_model(family, **config):
     model = tiny_model(family, metric="grouped_cosine", num_groups=4, **config)
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    special = dict(pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    model.tokenizer = word_tokenizer(WORDS)
     model.encoder = make_encoder(model.slm_config, embed)
     return model
 

@@ -9,6 +9,7 @@ from slm_fast import SLMConfig, get_slm_model
 from slm_fast.continual.methods import SLM
 from slm_fast.continual.metrics import merge_tasks, summarize
 from slm_fast.continual.runner import ContinualRunner, write_reports
+from slm_fast.model import SLMModel
 from slm_fast.trainer import SLMTrainer, default_arguments
 
 
@@ -131,3 +132,22 @@ def test_bad_arguments(make_runner):
     runner.model.add_task("mine", embeddings=torch.randn(4, 24), progress=False)
     with pytest.raises(ValueError, match="pool must be empty"):
         runner.fit()
+
+
+@pytest.mark.parametrize("methods", [("slm", "oracle", "batch"), ("slm", "per_task", "paper")])
+def test_no_text_is_answered_twice_with_one_mixture(make_runner, monkeypatch, methods):
+    answered, predict = [], SLMModel.predict
+
+    def counting(model, texts, **options):
+        answered.extend(texts)
+        return predict(model, texts, **options)
+
+    monkeypatch.setattr(SLMModel, "predict", counting)
+    tasks = make_tasks("colour", "size", "mood")
+    runner = make_runner("run", methods, tasks).fit()
+    few = len(answered)
+    for method in runner.methods.values():
+        monkeypatch.setattr(type(method), "settled", False)
+    again = make_runner("again", methods, tasks).fit()
+    assert runner.state["rows"] == again.state["rows"]
+    assert few < 0.7 * (len(answered) - few)

@@ -34,7 +34,7 @@ def test_leading_directions_are_those_of_the_svd(shape, rank):
 def test_the_scatter_of_few_queries_is_exact():
     query = clustered_embeddings(0, 20)
     centred = query - query.mean(0)
-    kept = TaskStatistics.of(query, 512, 0)
+    kept = TaskStatistics.of(query, 512)
     assert kept.V.shape[0] == 19 and int(kept.count) == 20
     torch.testing.assert_close(kept.scatter(), centred.T @ centred, rtol=2e-3, atol=2e-3)
 
@@ -42,7 +42,7 @@ def test_the_scatter_of_few_queries_is_exact():
 def test_the_diagonal_is_kept_whatever_the_rank():
     query = low_rank(300, noise=1.0)
     centred = query - query.mean(0)
-    kept = TaskStatistics.of(query, 3, 0)
+    kept = TaskStatistics.of(query, 3)
     assert kept.V.shape == (3, 48)
     torch.testing.assert_close(kept.scatter().diagonal(), centred.square().sum(0))
 
@@ -60,7 +60,7 @@ def test_distance_is_mahalanobis():
 
 @pytest.mark.parametrize("coverage", [0.8, 0.95])
 def test_the_floor_keeps_its_share_of_new_texts(coverage):
-    kept = TaskStatistics.of(low_rank(400, noise=1.0), 512, 0)
+    kept = TaskStatistics.of(low_rank(400, noise=1.0), 512)
     mixing = torch.Generator().manual_seed(0)
     torch.randn(400, 6, generator=mixing)
     directions = torch.randn(6, 48, generator=mixing)
@@ -71,9 +71,9 @@ def test_the_floor_keeps_its_share_of_new_texts(coverage):
 
 def test_one_query_has_no_floor():
     assert held_out_distances(torch.ones(1, 8)).shape == (0,)
-    kept = TaskStatistics.of(torch.ones(1, 8), 4, 0)
+    kept = TaskStatistics.of(torch.ones(1, 8), 4)
     assert not kept.is_outside(torch.randn(3, 8), 0.5).any()
-    same = TaskStatistics.of(torch.ones(9, 8), 4, 0)
+    same = TaskStatistics.of(torch.ones(9, 8), 4)
     assert len(same.quantiles) == NUM_QUANTILES and same.scatter().isfinite().all()
     assert same.is_outside(torch.randn(3, 8), 0.5).all() and not same.is_outside(torch.ones(1, 8), 0.5).any()
 
@@ -117,13 +117,19 @@ def test_statistics_survive_loading_in_their_order():
     assert not metric.remove("a.b")
 
 
-def test_a_look_ahead_changes_nothing():
-    metric = Whitened(SLMConfig(), 24)
+def test_the_metric_of_one_task_is_the_one_without_the_others():
+    metric, alone = Whitened(SLMConfig(), 24), Whitened(SLMConfig(), 24)
     metric.update("first", clustered_embeddings(0, 30))
+    metric.update("a.b", clustered_embeddings(1, 30))
+    alone.update("a.b", clustered_embeddings(1, 30))
     before = copy.deepcopy(metric)
-    ahead = metric.with_queries(clustered_embeddings(1, 30))
-    assert len(ahead.tasks) == 2 and not torch.equal(ahead.scatter, metric.scatter)
-    assert list(metric.tasks) == ["task:first"]
+    only = metric.only(["a.b"])
+    assert torch.equal(only.cholesky(), alone.cholesky()) and torch.equal(only.mean, alone.mean)
+    assert (
+        not torch.equal(only.mean, metric.mean)
+        and not metric.only(["first"]).tasks.keys() & only.tasks.keys()
+    )
+    assert list(metric.tasks) == list(before.tasks) and int(metric.tasks["task:a%2Eb"].position) == 1
     assert torch.equal(metric.scatter, before.scatter) and torch.equal(metric.mean, before.mean)
 
 

@@ -58,9 +58,7 @@ def learn(model, name, folder, **options):
 
 def snapshot(model, name):
     pool = model.pool
-    rows = [
-        r for s in pool.task(name).slots for r in range(int(pool.start[s]), int(pool.start[s] + pool.rank[s]))
-    ]
+    rows = pool.rows_of(pool.task(name).slots)
     tensors = [t[rows].clone() for f in pool.factors for t in (f.A, f.B)]
     return (
         tensors

@@ -61,7 +61,7 @@ def learnt(model):
     """Copies of what the task "new" has learnt."""
     pool = model.pool
     slots = pool.task("new").slots
-    rows = slice(int(pool.start[slots[0]]), int(pool.start[slots[-1]] + pool.rank[slots[-1]]))
+    rows = pool.rows_of(slots)
     head = [] if pool.head("new") is None else list(pool.head("new").parameters())
     tensors = [t[rows] for f in pool.factors for t in (f.A, f.B)] + head
     return [tensor.detach().clone() for tensor in tensors]
@@ -78,13 +78,13 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DieAtStep(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+class AtStep(TrainerCallback):
+    def __init__(self, step, action):
+        self.step, self.action = step, action
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            die()
+            self.action()
 
 
 class Events:
@@ -108,7 +108,9 @@ class Events:
 def train_to_death(kill, folder):
     trainer = make_trainer(make_model(), folder)
     if kill.startswith("step"):
-        trainer.add_callback(DieAtStep(int(kill[4:])))
+        trainer.add_callback(AtStep(int(kill[4:]), die))
+    elif kill == "any":
+        trainer.add_callback(AtStep(STEPS - 1, signal.pause))  # however late it is killed, it is not done
     elif kill.startswith("event"):
         Events(trainer, int(kill[5:]))
     elif kill in ("torch.save", "first"):  # half of the optimiser's state

@@ -1,8 +1,7 @@
 """A runner on a tiny random model, a tokenizer and an encoder made here, and a few made-up sentences."""
 
 import torch
-from conftest import tiny_base
-from tokenizers import Tokenizer, models, pre_tokenizers
+from conftest import tiny_base, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from slm_fast import SLMConfig, get_slm_model
@@ -37,12 +36,7 @@ def embed(texts: list[str]) -> torch.Tensor:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, model_input_names=["input_ids", "attention_mask"], **names
-    )
+    return word_tokenizer(list(VOCABULARY), model_input_names=["input_ids", "attention_mask"])
 
 
 def new_runner(

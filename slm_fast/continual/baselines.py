@@ -52,21 +52,20 @@ class Sequential(Method):
             yield
 
     def learn(self, stage: int) -> int:
-        self.add(stage)
+        self.add(self.tasks[stage])
         if stage and self.from_previous:
             self.model.pool.copy_entries(self.tasks[stage - 1].name, self.tasks[stage].name)
         return self.fit(stage)
 
-    def add(self, stage: int, rank: int | None = None) -> None:
-        """An entry, whose key is never searched, and a head for the stage's task."""
-        task = self.tasks[stage]
+    def add(self, task: Task, rank: int | None = None) -> None:
+        """An entry, whose key is never searched, and a head for a task."""
         self.model.pool.add_task(
             task.name,
             torch.ones(1, 1),
             rank=rank,
             labels=task.labels,
             hidden_size=None if task.labels is None else self.model.config.hidden_size,
-            generator=torch.Generator().manual_seed(self.runner.seed + stage),
+            generator=torch.Generator().manual_seed(self.seed(task)),
         )
 
     def fit(self, stage: int) -> int:
@@ -74,7 +73,7 @@ class Sequential(Method):
         return self.run_trainer(stage, lambda args: self.trainer(stage, args)).state.global_step
 
     def trainer(self, stage: int, args: TrainingArguments, **options) -> "BaselineTrainer":
-        task = self.tasks[stage]
+        task = self.learnt_at(stage)[-1]
         options |= dict(task=task.name, routing=self.routing(task), max_length=self.runner.max_length)
         return BaselineTrainer(self.model, args, self.rows(stage), penalty=self.penalty, **options)
 
@@ -100,6 +99,7 @@ class PerTask(Sequential):
 
     name, label = "per_task", "one LoRA per task, told the task"
     from_previous = False
+    independent = settled = True
 
     def routing(self, task: Task) -> Routing:
         return self.model.pool.fixed_routing([task.name])
@@ -110,16 +110,21 @@ class Joint(Sequential):
 
     name, label = "joint", "one LoRA, all tasks at once, told the task's head"
     note = "as many epochs over all tasks' rows; a batch holds rows of one task"
-    last_only = True
+    last_only = independent = True
+
+    def learnt_at(self, stage: int) -> list[Task]:
+        """All, in an order that does not depend on theirs; the last one's entry serves all rows."""
+        return sorted(self.tasks, key=lambda task: task.name)
 
     def learn(self, stage: int) -> int:
-        for earlier in range(stage):
-            self.add(earlier, rank=1)  # for its head; the last task's entry serves all rows
-        self.add(stage)
+        *others, last = self.learnt_at(stage)
+        for task in others:
+            self.add(task, rank=1)  # for its head
+        self.add(last)
         return self.fit(stage)
 
     def rows(self, stage: int) -> dict[str, Sequence[Example]]:
-        return {task.name: task.train for task in self.tasks}
+        return {task.name: task.train for task in self.learnt_at(stage)}
 
 
 class Replay(Sequential):

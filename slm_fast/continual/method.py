@@ -2,6 +2,7 @@
 
 import copy
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from slm_fast.answers import Prediction
 from slm_fast.config import CONFIG_NAME, SLMConfig
 from slm_fast.continual.tasks import Task
 from slm_fast.model import SLMModel, get_slm_model
+from slm_fast.routing import Routing
 from slm_fast.trainer import SLMTrainer, last_checkpoint
 
 # Fields of the engine's config that every method takes over; the rest is how the engine retrieves.
@@ -31,6 +33,8 @@ class Method(ABC):
     told: whether answers are told the task, or whose head to use.
     needs: the method whose model it reads.  own_stages: False for one that is measured at those of `needs`.
     last_only: whether it learns all tasks at once, at the last stage.
+    independent: whether what it learns at a stage is the same whatever was learnt before.
+    settled: whether what it has learnt never changes, so that the same mixture gives a text the same answer.
     defaults: its own settings, replaced by `options`: int from 1, float from 0.
     """
 
@@ -41,6 +45,8 @@ class Method(ABC):
     needs: str | None = None
     own_stages = True
     last_only = False
+    independent = False
+    settled = False
     defaults: dict[str, int | float] = {}
 
     def __init__(self, runner, options: dict | None = None) -> None:
@@ -49,6 +55,7 @@ class Method(ABC):
         self.folder: Path = runner.output_dir / self.name
         self.model: SLMModel = runner.model
         self.options = self.defaults | (options or {})
+        self.answered: dict[tuple, str | None] = {}  # by text, task and mixture
         for name, value in self.options.items():
             if name not in self.defaults:
                 known = ", ".join(self.defaults) or "none"
@@ -71,13 +78,23 @@ class Method(ABC):
     def learn(self, stage: int) -> int:
         """Learn the stage's task; the number of training steps."""
 
+    def learnt_at(self, stage: int) -> list[Task]:
+        """The tasks whose entries a stage adds."""
+        return [self.tasks[stage]]
+
     def save(self) -> None:
         self.model.save_pretrained(self.folder)
 
     def measured(self, stage: int) -> list[int]:
         """Numbers of the tasks that are scored after a stage."""
+        if self.runner.evaluate == "last":
+            return list(range(stage + 1)) if stage == len(self.tasks) - 1 else [stage]
         every = self.runner.evaluate == "all" and not self.told
         return list(range(len(self.tasks) if every else stage + 1))
+
+    def seed(self, task: Task) -> int:
+        """For what is drawn at random for a task, whatever its place in the order."""
+        return zlib.crc32(f"{self.runner.seed}/{task.name}".encode())
 
     @abstractmethod
     def answers(self, task: Task) -> list[Prediction]:
@@ -108,10 +125,29 @@ class Method(ABC):
     def checkpoints(self, stage: int) -> Path:
         return self.runner.output_dir / f"{self.name}-{self.tasks[stage].name}"
 
-    def predict(self, task: Task, /, **routed) -> list[Prediction]:
-        """`model.predict` on the task's test texts."""
-        texts = [example.text for example in task.test]
-        return self.model.predict(texts, **routed, **self.runner.predicting, progress=self.runner.progress)
+    def predict(
+        self, test: Task, *, task: str | None = None, routing: Routing | None = None
+    ) -> list[Prediction]:
+        """`model.predict` on a task's test texts; none runs again with a mixture that it had before."""
+        texts, model = [example.text for example in test.test], self.model
+        options = self.runner.predicting | dict(task=task, progress=self.runner.progress)
+        if not self.settled or model.pool.num_entries == 0:
+            return model.predict(texts, routing=routing, **options)
+        if routing is None:
+            routing = model.route(texts, task=task, progress=self.runner.progress)
+        answered = self.runner.methods.get(self.needs, self).answered
+        found, keys = [], []
+        for text, row in zip(texts, model.explain(routing=routing), strict=True):
+            found.append(Prediction(text, None, task or row["task"], row["mass"], row["entries"]))
+            mixture = tuple((entry["entry"], entry["weight"]) for entry in row["entries"])
+            keys.append((text, found[-1].task, mixture))
+        new = [n for n, key in enumerate(keys) if key not in answered]
+        if new:
+            made = model.predict([texts[n] for n in new], routing=routing.rows(new), **options)
+            answered.update((keys[n], prediction.answer) for n, prediction in zip(new, made, strict=True))
+        for prediction, key in zip(found, keys, strict=True):
+            prediction.answer = answered[key]
+        return found
 
 
 def shared(config: SLMConfig) -> dict:

@@ -25,6 +25,11 @@ class SLM(Method):
     """The engine: entries of its own for every task, one query at a time, no task id."""
 
     name, label = "slm", "SLM, no task id"
+    settled = True
+
+    @property
+    def independent(self) -> bool:
+        return self.model.slm_config.init == "zero"
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -35,7 +40,7 @@ class SLM(Method):
     def learn(self, stage: int) -> int:
         task, runner, model = self.tasks[stage], self.runner, self.model
         texts = [example.text for example in task.train]
-        options = dict(seed=runner.seed + stage, progress=runner.progress)
+        options = dict(seed=self.seed(task), progress=runner.progress)
         model.add_task(task.name, texts, labels=task.labels, **options)
         settings = dict(task=task.name, max_length=runner.max_length)
         try:
@@ -68,6 +73,7 @@ class Batch(Method):
     name, label = "batch", "SLM, the paper's retrieval, batch-averaged"
     note = "all rows of a batch come from one task and share a mixture; keys of its own for the same entries"
     needs = "slm"
+    settled = True
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -83,10 +89,10 @@ class Batch(Method):
         return self.tasks[stage].name in self.keys
 
     def learn(self, stage: int) -> int:
-        task, runner = self.tasks[stage], self.runner
-        query = self.encoder([example.text for example in task.train], runner.progress)
+        task = self.tasks[stage]
+        query = self.encoder([example.text for example in task.train], self.runner.progress)
         pool = key_pool(self.config, {})
-        self.keys[task.name] = pool.learn_keys(query, self.config.key_method, runner.seed + stage)
+        self.keys[task.name] = pool.learn_keys(query, self.config.key_method, self.seed(task))
         return 0
 
     def save(self) -> None:

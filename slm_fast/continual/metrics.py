@@ -2,6 +2,8 @@
 
 Matrix = list[list[float | None]]
 
+EVALUATED = ("seen", "all", "last")  # what is scored after a task, see `ContinualRunner`
+
 DEFINITIONS = {
     "average_accuracy": "mean over tasks of R[T-1][i]",
     "forgetting": "max minus last: mean over i < T-1 of max_{i<=t<T-1} R[t][i] - R[T-1][i]",

@@ -6,6 +6,7 @@ The frozen model is the model with all weights 0, to the bit: one call after lea
 import torch
 from torch import Tensor
 
+from slm_fast.answers import evaluating, text_features
 from slm_fast.continual.tasks import Task, score
 from slm_fast.model import SLMModel
 from slm_fast.routing import Routing
@@ -107,18 +108,11 @@ def _features(
     tokenizer, routing = model.require_tokenizer(), routing.to(model.device)
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
     out: list[Tensor | None] = [None] * len(texts)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            part = [texts[row] for row in rows]
-            encoded = tokenizer(
-                part, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-            )
             with model.state.use(routing.rows(rows)):
-                for row, feature in zip(rows, model.features(**encoded.to(model.device)).cpu(), strict=True):
-                    out[row] = feature
-    finally:
-        model.train(training)
+                features = text_features(model, tokenizer, [texts[row] for row in rows], max_length)
+            for row, feature in zip(rows, features.cpu(), strict=True):
+                out[row] = feature
     return torch.stack(out)

@@ -19,9 +19,10 @@ from transformers import TrainingArguments
 from slm_fast.answers import Prediction
 from slm_fast.continual.method import Method
 from slm_fast.continual.methods import METHODS, method_names
-from slm_fast.continual.metrics import DEFINITIONS, merge_tasks, summarize
+from slm_fast.continual.metrics import DEFINITIONS, EVALUATED, merge_tasks, summarize
 from slm_fast.continual.report import write_report
-from slm_fast.continual.tasks import Task, score
+from slm_fast.continual.tasks import Task, same_labels, score
+from slm_fast.continual.trained import TrainedTasks
 from slm_fast.model import SLMModel
 from slm_fast.trainer import default_arguments
 
@@ -39,7 +40,11 @@ class ContinualRunner:
         output_dir: the run's folder; a run with the same tasks found there is continued.
         methods: names from `METHODS`; "sequential" is an older name of "seq".
         options: {method: its own settings}, see each method's `defaults`.
-        evaluate: "seen" or "all" tasks after each stage; "all" gives forward transfer where no task is told.
+        evaluate: "seen" or "all" tasks after each stage, or "last": the one just learnt, and all after the
+            last one. "all" gives forward transfer where no task is told.
+        trained: a folder of `TrainedTasks` that several runs may share. What a task's training gives does not
+            depend on its place in the order (of "slm", "paper", "per_task" and "joint"), so that a run takes
+            it from there where another one was done with it, with its cost.
         max_length: tokens kept of an example.  max_new_tokens: of a generated answer.
     """
 
@@ -58,6 +63,7 @@ class ContinualRunner:
         max_new_tokens: int = 16,
         seed: int = 0,
         progress: bool = True,
+        trained: str | os.PathLike | None = None,
     ) -> None:
         if not tasks:
             raise ValueError("tasks is empty")
@@ -66,8 +72,8 @@ class ContinualRunner:
         names, options = method_names(methods), options or {}
         if unused := [name for name in options if name not in names]:
             raise ValueError(f"options for {', '.join(unused)}, but the methods are {', '.join(names)}")
-        if evaluate not in ("seen", "all"):
-            raise ValueError(f'evaluate must be "seen" or "all", got {evaluate!r}')
+        if evaluate not in EVALUATED:
+            raise ValueError(f"evaluate must be one of {', '.join(EVALUATED)}, got {evaluate!r}")
         self.model, self.tasks = model, tasks
         self.output_dir = Path(output_dir)
         self.args = default_arguments(str(self.output_dir)) if args is None else args
@@ -75,6 +81,7 @@ class ContinualRunner:
         self.evaluate, self.seed, self.progress = evaluate, seed, progress
         self.predicting = dict(batch_size=batch_size, max_length=max_length, max_new_tokens=max_new_tokens)
         self.max_length = max_length
+        self.trained = None if trained is None else TrainedTasks(trained)
         self.methods: dict[str, Method] = {name: METHODS[name](self, options.get(name)) for name in names}
         self.final: dict[str, list[Prediction]] = {}  # answers of "slm" after the last task
         self.state = self._load_state()
@@ -171,17 +178,23 @@ class ContinualRunner:
             self._save_state()
 
     def _learn(self, method: Method, stage: int) -> None:
-        began = time.perf_counter()
-        steps = method.learn(stage)
+        """Learn a stage's task, or take it from where another run has left it, at the cost it had there."""
+        cost = self.trained.take(method, stage) if self.trained else None
+        if cost is None:
+            began = time.perf_counter()
+            steps = method.learn(stage)
+            cost = {"steps": steps, "seconds": time.perf_counter() - began}
+            if self.trained:
+                self.trained.keep(method, stage, cost)
         method.save()
         shutil.rmtree(method.checkpoints(stage), ignore_errors=True)
-        self.state["steps"][method.name] = self.state["steps"].get(method.name, 0) + steps
-        self._add_seconds(method, "train", began)
+        self.state["steps"][method.name] = self.state["steps"].get(method.name, 0) + cost["steps"]
+        self._add_seconds(method, "train", cost["seconds"])
         self._save_state()
 
-    def _add_seconds(self, method: Method, what: str, began: float) -> None:
-        seconds = self.state["seconds"].setdefault(method.name, {})
-        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - began
+    def _add_seconds(self, method: Method, what: str, seconds: float) -> None:
+        total = self.state["seconds"].setdefault(method.name, {})
+        total[what] = total.get(what, 0.0) + seconds
 
     # ---- measuring
 
@@ -195,7 +208,7 @@ class ContinualRunner:
             row[number] = self._score(task, answers)
             if method.name == "slm" and stage == len(self.tasks) - 1:
                 self.final[task.name] = answers
-        self._add_seconds(method, "eval", began)
+        self._add_seconds(method, "eval", time.perf_counter() - began)
         return row
 
     def _score(self, task: Task, answers: list[Prediction]) -> float:
@@ -215,15 +228,10 @@ class ContinualRunner:
                     totals[entry["entry"]] += entry["weight"] / len(answers)
             mass.append(list(totals.values()))
         accuracy = {name: confusion[i][i] for i, name in enumerate(names)}
-        shared = [
-            {other.name for other in self.tasks if other.labels == task.labels}
-            for task in self.tasks
-            if task.labels is not None
-        ]
         return {
             "confusion": confusion,
             "accuracy": accuracy,
-            "accuracy_shared_labels": merge_tasks(confusion, names, shared),
+            "accuracy_shared_labels": merge_tasks(confusion, names, same_labels(self.tasks)),
             "mass": mass,
             "entry_names": entries,
         }

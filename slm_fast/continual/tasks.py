@@ -295,6 +295,12 @@ def load_tasks(spec: str | Path, names: Iterable[str] | None = None) -> list[Tas
     return [by_name[name] for name in names]
 
 
+def same_labels(tasks: list[Task]) -> list[set[str]]:
+    """For every classification task the names of those with its labels, itself among them."""
+    labelled = [task for task in tasks if task.labels is not None]
+    return [{other.name for other in labelled if other.labels == task.labels} for task in labelled]
+
+
 # the other kind
 
 

@@ -1,0 +1,121 @@
+"""Training that other runs take over: the same bits whatever the order, and only where nothing differs."""
+
+import json
+
+import pytest
+import torch
+from tiny_runner import kept, make_tasks, new_runner
+
+from slm_fast.continual.trained import TrainedTasks
+from slm_fast.trainer import SLMTrainer
+
+NAMES = ("colour", "size", "mood")
+METHODS = ("slm", "oracle", "paper", "per_task", "joint")
+
+
+def run(folder, order=NAMES, methods=METHODS, **options):
+    settings = dict(encoder="backbone", evaluate="last", trained=folder.parent / "trained", epochs=1)
+    return new_runner(folder, methods, make_tasks(*order), **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    return run(folder / "first").fit()
+
+
+def same_entries(ours, theirs, method):
+    """Whether two runs' entries on disk are the same bits."""
+    mine, other = ({k: v for k, v in kept(r, method).items() if "adapters" in k} for r in (ours, theirs))
+    return bool(mine) and mine == other
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Any training is an error."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(SLMTrainer, "train", fail)
+
+
+def test_another_order_trains_nothing(folder, first, untrained):
+    second = run(folder / "second", NAMES[::-1]).fit()
+    for name in ("slm", "paper", "per_task", "joint"):
+        assert same_entries(second, first, name)
+    ours, theirs = second.report("second")["methods"], first.report("first")["methods"]
+    for name in METHODS:
+        assert ours[name]["matrix"][-1] == theirs[name]["matrix"][-1][::-1]
+        assert ours[name]["steps"] == theirs[name]["steps"]
+        if name != "oracle":
+            assert ours[name]["seconds_train"] == pytest.approx(theirs[name]["seconds_train"])
+    assert ours["slm"]["matrix"][1] == [None, ours["slm"]["matrix"][1][1], None]
+
+
+@pytest.mark.parametrize("method", ["slm", "paper", "per_task", "joint"])
+def test_training_by_itself_in_another_order_gives_the_same_bits(folder, first, method):
+    other = run(
+        folder / f"own-{method}", NAMES[::-1], tuple(dict.fromkeys(("slm", method))), trained=None
+    ).fit()
+    assert same_entries(other, first, method)
+
+
+def test_what_training_depends_on_is_not_taken_over(folder, first):
+    trained = TrainedTasks(folder / "trained")
+    same = run(folder / "other", methods=("slm",))
+    method = same.methods["slm"]
+    assert trained.take(method, 0) is not None and method.has_learnt(0)
+    for options in (dict(seed=1), dict(max_length=8), dict(epochs=2), dict(family="llama")):
+        other = run(folder / "none", methods=("slm",), **options)
+        assert trained.take(other.methods["slm"], 0) is None, options
+    other = run(folder / "none", methods=("slm",))
+    other.tasks[0].train.pop()
+    assert trained.take(other.methods["slm"], 0) is None
+    other = run(folder / "none", methods=("slm",))
+    other.model.slm_config.init = "retrieved"
+    assert trained.take(other.methods["slm"], 0) is None
+    retrieval = run(folder / "none", methods=("slm",))
+    retrieval.model.slm_config.min_similarity = 0.5
+    assert trained.take(retrieval.methods["slm"], 0) is not None
+
+
+def test_the_sequential_methods_keep_nothing(folder):
+    run(folder / "seq" / "run", NAMES[:2], ("seq",)).fit()
+    assert not (folder / "seq" / "trained").exists()
+
+
+def test_an_encoder_without_a_name_keeps_nothing(folder):
+    from tiny_runner import embed
+
+    run(folder / "nameless" / "run", NAMES[:2], ("slm",), encoder=embed).fit()
+    assert not (folder / "nameless" / "trained").exists()
+
+
+def test_damaged_training_is_an_error(folder):
+    run(folder / "damaged" / "run", NAMES[:1], ("slm",)).fit()
+    (place,) = (folder / "damaged" / "trained").iterdir()
+    assert json.loads((place / "cost.json").read_text())["steps"] > 0
+    weights = next(place.glob("adapters/*/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(OSError, match="truncated or corrupted"):
+        run(folder / "damaged" / "again", NAMES[:1], ("slm",)).fit()
+
+
+def test_pools_that_were_trained_apart_come_together(folder, first):
+    apart = run(folder / "apart", NAMES[:1], ("slm",)).fit().model
+    before = list(apart.pool.tasks)
+    with pytest.raises(ValueError, match="unknown task 'nope'"):
+        apart.take_tasks(first.output_dir / "slm", ["size", "nope"])
+    assert list(apart.pool.tasks) == before
+    assert [info.name for info in apart.take_tasks(first.output_dir / "slm", NAMES[1:])] == list(NAMES[1:])
+    texts = [row.text for task in first.tasks for row in task.test]
+    ours, theirs = apart.predict(texts), first.model.predict(texts)
+    assert [p.answer for p in ours] == [p.answer for p in theirs]
+    assert torch.equal(apart.pool.metric.cholesky(), first.model.pool.metric.cholesky())
+    with pytest.raises(ValueError, match="already has a task 'colour'"):
+        apart.take_tasks(first.output_dir / "slm")
