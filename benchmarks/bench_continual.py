@@ -1,140 +1,166 @@
-"""Five text-classification tasks in sequence, one query at a time: routing, accuracy and forgetting.
+"""Continual learning by the protocols, as `slm-fast learn` runs them, and what of the targets it reaches.
 
-The paper's tasks (ag, yelp, amazon, yahoo, dbpedia) on an all-MiniLM-L6-v2 backbone, rank 8 on all linears,
-4 entries a task. Prints a table of routing accuracy for the paper's retrieval and for `whitened`, then the
-accuracy matrices of the engine without a task id, told the task, and of sequential LoRA on the same budget.
+    python benchmarks/bench_continual.py [PROTOCOL ...] [--output RUNS] [--data FOLDER] [--json FILE]
 
-    python benchmarks/bench_continual.py --data FOLDER --output RUN --json benchmarks/results/bert5.json
+PROTOCOL: see `PROTOCOLS`; without one, all of them. Runs are kept in RUNS, where a finished one is only read
+and an interrupted one continued; what was trained once is shared. "python benchmarks/bench_continual.py
+--results benchmarks/results/continual.json" prints a result again. The last line is JSON.
 """
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
-import torch
-import transformers
-from bench_routing import learn, routed, selected
+from cpu_timing import machine, report
 
-from slm_fast.cli import print_run
-from slm_fast.config import SLMConfig
-from slm_fast.continual.runner import ContinualRunner, write_reports
-from slm_fast.continual.tasks import Task, load_jsonl_tasks
-from slm_fast.encoder import Encoder
-from slm_fast.loading import load_base
-from slm_fast.model import get_slm_model
-from slm_fast.trainer import default_arguments
+from slm_fast.cli import main as slm_fast
+from slm_fast.continual.metrics import merge_tasks
+from slm_fast.continual.tables import format_table, mean
 
-TASKS = ["ag", "yelp", "amazon", "yahoo", "dbpedia"]
-RETRIEVALS = {
-    "paper: last layer, grouped cosine, learnt keys": SLMConfig.paper(),
-    "last layer, grouped cosine, averaged keys": SLMConfig.paper(key_method="group_avg"),
-    "last layer, whitened": SLMConfig(query_layers=[-1]),
-    "layers 0, 2, 6, whitened": SLMConfig(query_layers=[0, 2, 6]),
-    "all layers, whitened": SLMConfig(),
-    "all layers, whitened, k-means keys": SLMConfig(key_method="kmeans", temperature=32.0),
+MINILM = ["--base", "minilm", "--batch-size", "16", "--max-length", "128"]
+PROTOCOLS = {
+    "bert5": ["--benchmark", "bert5", "--order", "all", "--methods", "slm,oracle,joint"],
+    "bert5_paper": ["--benchmark", "bert5", "--methods", "slm,oracle,batch,paper", "--evaluate", "last"],
+    "seq15": ["--benchmark", "seq15", "--methods", "slm,oracle", "--evaluate", "last"],
+    "intents": ["--benchmark", "all25", "--tasks", "clinc150,banking77,trec6,hwu64", *MINILM]
+    + ["--epochs", "8", "--methods", "slm,oracle", "--evaluate", "last"],
+    "llama3": ["--benchmark", "llama3", "--order", "all", "--methods", "slm,oracle", "--max-train", "300"]
+    + ["--max-test", "100"],
+    "all25": ["--benchmark", "all25", "--methods", "slm,oracle", "--evaluate", "last"]
+    + ["--max-train", "100", "--max-test", "50"],
+}
+# Accuracy of a logistic regression on the frozen encoder's embeddings.
+LINEAR = {
+    "ag": 0.86,
+    "yelp": 0.42,
+    "amazon": 0.39,
+    "yahoo": 0.67,
+    "dbpedia": 0.94,
+    "sst2": 0.76,
+    "imdb": 0.73,
+    "clinc150": 0.92,
+    "banking77": 0.89,
+    "trec6": 0.87,
+    "hwu64": 0.88,
 }
 
 
-def routing_table(tasks: list[Task], encoder: Encoder) -> list[dict]:
-    """Routing accuracy per task, one query at a time, of every retrieval; `bench_routing.py` has more."""
-    queries = [
-        tuple(encoder([e.text for e in part], progress=True) for part in (t.train, t.test)) for t in tasks
-    ]
+def run(name: str, output: Path, data: str | None) -> list[dict]:
+    """The reports of a protocol's runs, which are made if they are not there."""
+    folder = output / name
+    if not (folder / "report.json").is_file():
+        common = ["--output", str(folder), "--trained", str(output / "trained")]
+        if slm_fast(["learn", *PROTOCOLS[name], *common, *(["--data", data] if data else [])]) != 0:
+            raise SystemExit(f"{name} failed")
+    return json.loads((folder / "report.json").read_text(encoding="utf8"))["runs"]
+
+
+def trimmed(run: dict) -> dict:
+    """What is kept of a report: nothing that holds texts or folders."""
+    settings = {k: v for k, v in run["settings"].items() if k not in ("sources", "encoder_name_or_path")}
+    kept = {k: v for k, v in run.items() if k not in ("requests", "base")}
+    routing = {k: v for k, v in run["routing"].items() if k not in ("mass", "entry_names")}
+    return kept | {"settings": settings, "routing": routing}
+
+
+def average(runs: list[dict], method: str, field: str = "average_accuracy") -> float | None:
+    return mean([run["methods"].get(method, {}).get(field) for run in runs])
+
+
+def routing(runs: list[dict], field: str = "accuracy") -> float:
+    return mean([mean(list(run["routing"][field].values())) for run in runs])
+
+
+def shared_reviews(run: dict) -> float:
+    """Routing accuracy with yelp and amazon, which have the same labels, as one task."""
+    confusion, names = run["routing"]["confusion"], run["tasks"]
+    return mean(list(merge_tasks(confusion, names, [{"yelp", "amazon"}]).values()))
+
+
+def told_gaps(run: dict) -> dict[str, float]:
+    """By task: the score when told the task, minus the one without, after the last task."""
+    slm, told = (run["methods"][name]["matrix"][-1] for name in ("slm", "oracle"))
+    return {task: b - a for task, a, b in zip(run["tasks"], slm, told, strict=True)}
+
+
+def targets(runs: dict[str, list[dict]]) -> list[dict]:
+    """Every target that the runs say something about: what, wanted, reached, and whether it holds."""
     rows = []
-    for name, config in RETRIEVALS.items():
-        own = selected(queries, config.query_layers, len(encoder.layers))
-        found = routed(learn(config, tasks, own), tasks, own)
-        merged = found["merged"]
-        rows.append({"retrieval": name, "accuracy": found["accuracy"], "accuracy_shared_labels": merged})
+
+    def check(what: str, reached: float, relation: str, wanted: float) -> None:
+        holds = reached >= wanted - 1e-9 if relation == ">=" else reached <= wanted + 1e-9
+        rows.append(
+            {"what": what, "reached": reached, "target": f"{relation} {100 * wanted:.1f}", "holds": holds}
+        )
+
+    if bert5 := runs.get("bert5"):
+        slm = average(bert5, "slm")
+        orders = f"bert5, {len(bert5)} runs"
+        if paper := runs.get("bert5_paper"):
+            check(
+                "bert5: average, against the paper's batches on the same weights",
+                slm,
+                ">=",
+                average(paper, "batch"),
+            )
+        check(f"{orders}: told the task minus no task id", average(bert5, "oracle") - slm, "<=", 0.005)
+        check(f"{orders}: average, against joint LoRA - 1", slm, ">=", average(bert5, "joint") - 0.01)
+        check(f"{orders}: forgetting, max minus last", average(bert5, "slm", "forgetting"), "<=", 0.003)
+        check(f"{orders}: routing accuracy", routing(bert5), ">=", 0.98)
+        check(f"{orders}: routing, yelp = amazon", mean([shared_reviews(run) for run in bert5]), ">=", 0.99)
+    alone = {}
+    for run in (run for name in ("bert5", "seq15", "intents") for run in runs.get(name, ())):
+        matrix = run["methods"]["oracle"]["matrix"]
+        alone |= {task: matrix[n][n] for n, task in enumerate(run["tasks"])}
+    for task, wanted in LINEAR.items():
+        if task in alone:
+            check(f"{task} by itself, against logistic regression", alone[task], ">=", wanted)
+    for name in ("seq15", "all25"):
+        if found := runs.get(name):
+            gap = average(found, "oracle") - average(found, "slm")
+            check(f"{name}: told the task minus no task id", gap, "<=", 0.01)
+            check(f"{name}: routing accuracy", routing(found), ">=", 0.96)
+    for run in runs.get("llama3", ()):
+        order = run["settings"]["order"]
+        slm = run["methods"]["slm"]
+        check(f"llama3, order {order}: forgetting, max minus last", slm["forgetting"], "<=", 0.005)
+        for task, gap in told_gaps(run).items():
+            check(f"llama3, order {order}: {task}, told minus not told", gap, "<=", 0.01)
     return rows
 
 
-def print_routing(rows: list[dict], names: list[str]) -> None:
-    width = max(len(row["retrieval"]) for row in rows)
-    print(
-        f"\n{'routing accuracy, %':{width}s} "
-        + " ".join(f"{n:>8s}" for n in names)
-        + "     mean  yelp=amazon"
-    )
-    for row in rows:
-        mean, merged = (sum(row[k].values()) / len(names) for k in ("accuracy", "accuracy_shared_labels"))
-        cells = " ".join(f"{100 * row['accuracy'][n]:8.1f}" for n in names)
-        print(f"{row['retrieval']:{width}s} {cells} {100 * mean:8.1f} {100 * merged:12.1f}")
+def show(results: dict[str, list[dict]]) -> list[dict]:
+    rows = targets(results)
+    cells = [
+        [r["what"], f"{100 * r['reached']:.2f}", r["target"], "yes" if r["holds"] else "NO"] for r in rows
+    ]
+    print(format_table((["target, %", "reached", "wanted", "holds"], cells)))
+    return rows
 
 
 def main() -> None:
-    default_data = os.environ.get("SLM_FAST_DATA", str(Path(__file__).parents[2] / "shared" / "data"))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default=default_data, help="folder with bert5/")
-    parser.add_argument("--output", default="runs/bert5", help="folder of the run; continued if interrupted")
-    parser.add_argument("--json", help="write the results there")
-    parser.add_argument("--order", default=",".join(TASKS))
-    parser.add_argument("--max-train", type=int, default=2000)
-    parser.add_argument("--max-test", type=int)
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", default="slm,oracle,seq")
-    parser.add_argument("--routing-only", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("protocols", nargs="*", help=", ".join(PROTOCOLS))
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--data", help="data folder, by default SLM_FAST_DATA's")
+    parser.add_argument("--results", type=Path, help="print this result again; nothing is run")
+    parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
+    if unknown := set(args.protocols) - set(PROTOCOLS):
+        parser.error(f"unknown protocol {min(unknown)}; there are {', '.join(PROTOCOLS)}")
+    if args.results:
+        show(json.loads(args.results.read_text(encoding="utf8"))["runs"])
+        return
     began = time.perf_counter()
-    tasks = load_jsonl_tasks(Path(args.data) / "bert5", args.order.split(","))
-    tasks = [task.subset(args.max_train, args.max_test, args.seed) for task in tasks]
-    encoder = Encoder("minilm")
-    table = routing_table(tasks, encoder)
-    print_routing(table, [task.name for task in tasks])
-    result = {
-        "command": "python benchmarks/bench_continual.py",
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("data", "output", "json")},
-        "machine": {
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "platform": platform.machine(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "routing": table,
-    }
-    if not args.routing_only:
-        base, tokenizer = load_base("minilm")
-        config = SLMConfig(target_modules="all-linear", top_k=args.top_k)
-        model = get_slm_model(base, config, encoder=encoder, tokenizer=tokenizer)
-        training = default_arguments(
-            args.output, num_train_epochs=args.epochs, learning_rate=args.learning_rate, seed=args.seed
-        )
-        runner = ContinualRunner(
-            model,
-            tasks,
-            training,
-            output_dir=args.output,
-            methods=tuple(args.methods.split(",")),
-            max_length=args.max_length,
-            seed=args.seed,
-        )
-        report = runner.fit().report("all-MiniLM-L6-v2, five tasks")
-        print_run(report)
-        methods = report["methods"]
-        if "oracle" in methods:
-            gap = methods["oracle"]["average_accuracy"] - methods["slm"]["average_accuracy"]
-            print(f"told the task minus no task id: {100 * gap:.2f} points")
-        write_reports([report], args.output, "Five text-classification tasks", time.perf_counter() - began)
-        report.pop("requests", None)
-        report["base"]["model"] = "all-MiniLM-L6-v2"
-        report["settings"]["sources"] = {task.name: "bert5" for task in tasks}
-        report["settings"]["encoder_name_or_path"] = "all-MiniLM-L6-v2"
-        result["run"] = report
-    result["seconds"] = time.perf_counter() - began
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-    print(
-        json.dumps(
-            {"seconds": round(result["seconds"]), "routing": {r["retrieval"]: r["accuracy"] for r in table}}
-        )
+    names = args.protocols or list(PROTOCOLS)
+    runs = {name: [trimmed(found) for found in run(name, args.output, args.data)] for name in names}
+    rows = show(runs)
+    commands = {name: "slm-fast learn " + " ".join(PROTOCOLS[name]) for name in names}
+    seconds = round(time.perf_counter() - began)
+    report(
+        {"machine": machine(), "commands": commands, "targets": rows, "runs": runs, "seconds": seconds},
+        args.json,
     )
 
 

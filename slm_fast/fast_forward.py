@@ -257,7 +257,7 @@ class FastPath:
         """Which path x [rows, tokens, features] may take: "gpu", or "cpu" when decoding and where that is the
         fastest prefill too. None: the module's own forward."""
         learning = torch.is_grad_enabled() and (x.requires_grad or self.pool.owner is not None)
-        if learning or torch.is_autocast_enabled(x.device.type):
+        if learning or self.state.sharded or torch.is_autocast_enabled(x.device.type):
             return None
         backend = dispatch.select(x, self.pool.backend)
         if backend == "gpu":

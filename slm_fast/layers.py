@@ -56,6 +56,7 @@ class RoutingState:
         self.resident: ResidentPool | None = None
         self.lease: Lease | None = None
         self.rotation = None  # of the running step, see `cpu_layer`
+        self.sharded = False  # whether weights come and go, as in `sharding`
         self._made: dict[str, tuple[tuple, object]] = {}  # from the routing, once for all layers
         self.trainable: list[nn.Parameter] = []  # the base's parameters that patching froze
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_training_safety import ROWS, learnt, make_model, make_trainer, same_bits
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+
+from slm_fast.sharding import shard_base
 
 # name: (family, options of the trainer); SGD, so that rounding is not blown up
 COMMON = dict(optim="sgd", learning_rate=0.5, warmup_steps=0, save_total_limit=None)
@@ -20,6 +23,7 @@ RUNS = {
     "resumed": ("bert", dict(max_steps=9, save_steps=1)),
     "checkpointed": ("bert", dict(max_steps=3, gradient_checkpointing=True)),
     "accumulated": ("llama", dict(max_steps=2, gradient_accumulation_steps=2)),
+    "sharded": ("llama", dict(max_steps=2)),
 }
 EVALUATION = ROWS[:16]
 
@@ -48,15 +52,28 @@ def rows_of(family, rows):
 def others(model):
     """The factors of the task that was learnt before, and the base."""
     pool = model.pool
+    base = [t.full_tensor() if isinstance(t, DTensor) else t for t in model.base_model.state_dict().values()]
     slots = pool.task("task0").slots
     rows = pool.rows_of(slots)
     factors = [t[rows] for f in pool.factors for t in (f.A, f.B)]
-    return [t.clone() for t in (*factors, pool.keys, *model.base_model.state_dict().values())]
+    return [t.clone() for t in (*factors, pool.keys, *base)]
+
+
+def local_size(model):
+    """Numbers of the base that this process holds."""
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.base_model.parameters())
+    return sum(p.numel() for p in local)
 
 
 def learn(name, folder, callbacks=None, resume=None, **options):
     family, of_run = RUNS[name]
     model = prepared(family)
+    if name == "sharded" and "RANK" in os.environ:
+        held = local_size(model)
+        shard_base(model)
+        assert local_size(model) < 0.6 * held
+        with pytest.raises(ValueError, match="sharded already"):
+            shard_base(model)
     before = others(model)
     parts = [rows_of(family, rows) for rows in (ROWS, EVALUATION)]
     trainer = make_trainer(model, folder, *parts, callbacks, **(COMMON | of_run | options))
@@ -116,11 +133,14 @@ def test_both_processes_have_learnt_the_same_bits(folder, name):
     assert same_bits(first.values(), [second[key] for key in first])
 
 
-@pytest.mark.parametrize("name", ["epochs", "checkpointed", "accumulated"])
+@pytest.mark.parametrize("name", ["epochs", "checkpointed", "accumulated", "sharded"])
 def test_as_one_process_with_the_same_global_batch(folder, tmp_path, name):
     trainer = learn(name, tmp_path, per_device_train_batch_size=8)
     begin, got = learnt(prepared(RUNS[name][0])), ranks(folder, name)[0]
-    if name != "accumulated":  # transformers takes the mean of batches, however many tokens they have
+    if name not in (
+        "accumulated",
+        "sharded",
+    ):  # transformers takes the mean of batches, however many tokens they have
         assert float(got["eval_loss"]) == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-4)
     for number, ours in enumerate(learnt(trainer.model)):
         torch.testing.assert_close(got[str(number)], ours, rtol=1e-4, atol=1e-5)
