@@ -47,7 +47,7 @@ class SLMConfig:
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.
         init: where new entries start: "zero" (they change nothing yet) or "retrieved" (the mixture that the
-            task's texts get from the entries that are there).
+            task's texts get from the entries that are there, and the heads of tasks with the same labels).
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
             query stays under 4,096 values, else evenly spaced ones ("backbone": `auto_layers`).
         weighting: of a row's picks. "task": a softmax over the tasks among them by each one's best score, in

@@ -1,4 +1,4 @@
-"""Where the entries of a new task start: at zero, or at the mixture that its texts get already."""
+"""Where a new task starts: at zero, or at the mixture, and the head, that its texts get already."""
 
 import logging
 
@@ -17,6 +17,18 @@ def mean_weights(pool: KnowledgePool, query: Tensor) -> Tensor:
         routing = pool.search(query)
         weights.index_add_(0, routing.indices.flatten().long(), routing.weights.flatten())
     return weights / len(query)
+
+
+def _start_head(pool: KnowledgePool, name: str, weights: Tensor) -> None:
+    labels = pool.task(name).labels
+    alike = [task for task in pool.tasks.values() if task.labels == labels and task.name != name]
+    shares = torch.tensor([float(weights[task.slots].sum()) for task in alike])
+    if labels is None or not shares.sum() > 0:
+        return
+    heads = [pool.head(task.name).state_dict() for task in alike]
+    share = (shares / shares.sum()).tolist()
+    mean = {key: sum(s * head[key] for s, head in zip(share, heads, strict=True)) for key in heads[0]}
+    pool.head(name).load_state_dict(mean)
 
 
 def leading_directions(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -44,8 +56,10 @@ def start_from_mixture(pool: KnowledgePool, name: str, weights: Tensor) -> None:
         sum_i weights[i] * scaling[i] * B[i] A[i],    for every linear
 
     Direction j of it goes to entry j mod M. Rows without a direction keep their zero start, which is all rows
-    where every weight is 0. The entries have one rank and one scaling, which is not 0.
+    where every weight is 0. The entries have one rank and one scaling, which is not 0. The head starts at the
+    mean of the heads with its labels, by their tasks' weights, if there are any.
     """
+    _start_head(pool, name, weights)
     others, own = weights.nonzero().flatten().tolist(), pool.task(name).slots
     if not others:
         logger.info("task %r starts at zero: retrieval gives its texts the frozen model", name)

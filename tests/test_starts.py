@@ -114,3 +114,25 @@ def test_refused_inits_change_nothing():
     with pytest.raises(ValueError, match="scaling other than 0"):
         model.add_task("fresh", embeddings=BETWEEN, init="retrieved")
     assert list(model.pool.tasks) == ["task0"]
+
+
+def test_a_head_starts_from_those_with_its_labels():
+    model = tiny_model("bert", num_tasks=0, temperature=50.0)
+    for t, labels in enumerate((["x", "y"], ["x", "y"], ["y", "x"])):
+        model.add_task(f"t{t}", embeddings=clustered_embeddings(t), labels=labels, progress=False)
+    heads = [model.pool.head(f"t{t}") for t in range(3)]
+    for t, head in enumerate(heads):
+        head.bias.data.fill_(t + 1.0)
+    weights = mean_weights(model.pool, BETWEEN)
+    shares = [float(weights[model.pool.task(f"t{t}").slots].sum()) for t in range(2)]
+    assert min(shares) > 0.1
+    first, second = (share / sum(shares) for share in shares)
+    options = dict(embeddings=BETWEEN, labels=["x", "y"], progress=False)
+    model.add_task("new", **options, init="retrieved")
+    new = model.pool.head("new")
+    torch.testing.assert_close(new.weight, first * heads[0].weight + second * heads[1].weight)
+    torch.testing.assert_close(new.bias, torch.full((2,), first + 2 * second))
+    model.add_task("zero", **options, init="zero")
+    assert not model.pool.head("zero").bias.any()
+    model.add_task("others", embeddings=BETWEEN, labels=["a", "b"], init="retrieved", progress=False)
+    assert not model.pool.head("others").bias.any()
