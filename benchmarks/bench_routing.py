@@ -2,10 +2,13 @@
 
 For every way to retrieve: the share of test texts whose largest routing mass is on their own task (also with
 tasks of equal labels as one), the mean mass there, the bytes of keys and statistics, and the time of a search
-for one query. Then the calibrated floor: the share of test texts that keep their mixture, and the share of
-other tasks' texts that fall to the frozen model. Then the time of a search against the number of tasks.
+for one query; with `--pool`, a saved pool that has learnt the tasks, also the accuracy of the answers that
+the found task's entries give. Then the calibrated floor: the share of test texts that keep their mixture, and
+the share of other tasks' texts that fall to the frozen model. Then the time of a search against the number of
+tasks.
 
-    python benchmarks/bench_routing.py [--quick] [--benchmark bert5 all25] [--cache FOLDER] [--json FILE]
+    python benchmarks/bench_routing.py [--quick] [--benchmark bert5 all25] [--cache FOLDER] [--pool FOLDER]
+        [--json FILE]
 
 Queries are rounded to fp16, in which `--cache` keeps them, so that a text is encoded once. `--quick`: 100
 texts a task, within a few minutes. The last line is JSON.
@@ -25,8 +28,10 @@ from torch import Tensor
 from slm_fast.config import SLMConfig
 from slm_fast.continual.benchmarks import BENCHMARKS, load_benchmark, tasks_in_order
 from slm_fast.continual.metrics import merge_tasks
-from slm_fast.continual.tasks import Task, same_labels
+from slm_fast.continual.tasks import Task, same_labels, score
 from slm_fast.encoder import Encoder
+from slm_fast.loading import load_base
+from slm_fast.model import SLMModel
 from slm_fast.pool import KnowledgePool
 
 PROBES = ("clinc150", "banking77", "hwu64", "trec6", "sst2", "mnli", "boolq")  # learnt by no task of bert5
@@ -87,40 +92,70 @@ def size(pool: KnowledgePool) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def routed(pool: KnowledgePool, tasks: Sequence[Task], queries: Queries) -> dict:
-    """Routing accuracy, mass on the own task, and size of one way to retrieve."""
-    confusion, own = [], []
+class Answers:
+    """Answers of a trained pool's model to texts whose task is given, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        base, tokenizer = load_base("minilm")
+        self.model = SLMModel.from_pretrained(base, folder, tokenizer=tokenizer)
+        self.made: dict[tuple[str, str], str | None] = {}
+
+    def score(self, task: Task, chosen: list[str]) -> float:
+        """The score of the test texts, each answered by its chosen task."""
+        pairs = [(row.text, name) for row, name in zip(task.test, chosen, strict=True)]
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.made]
+        if new:
+            routing = self.model.pool.fixed_routing([name for _, name in new])
+            found = self.model.predict([text for text, _ in new], routing=routing, max_length=128)
+            self.made.update(zip(new, (prediction.answer for prediction in found), strict=True))
+        return score(task, [self.made[pair] or "" for pair in pairs], [row.target for row in task.test])
+
+
+def routed(
+    pool: KnowledgePool, tasks: Sequence[Task], queries: Queries, answers: Answers | None = None
+) -> dict:
+    """Routing accuracy, mass on the own task, size and final accuracy of one way to retrieve."""
+    confusion, own, final = [], [], []
     for number, (_, test) in enumerate(queries):
         mass, names = pool.task_mass(pool.search(test))
-        confusion.append((torch.bincount(mass.argmax(-1), minlength=len(names)) / len(mass)).tolist())
+        chosen = mass.argmax(-1)
+        confusion.append((torch.bincount(chosen, minlength=len(names)) / len(mass)).tolist())
         own.append(float(mass[:, number].mean()))
+        if answers is not None:
+            final.append(answers.score(tasks[number], [names[t] for t in chosen.tolist()]))
     names = [task.name for task in tasks]
     merged = merge_tasks(confusion, names, same_labels(tasks))
     found = {"accuracy": {name: confusion[i][i] for i, name in enumerate(names)}, "merged": merged}
-    return found | {"mass": dict(zip(names, own, strict=True)), "bytes": size(pool)}
+    found |= {"mass": dict(zip(names, own, strict=True)), "bytes": size(pool)}
+    return found | ({"final": dict(zip(names, final, strict=True))} if final else {})
 
 
 def mean(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def compare(names: Sequence[str], tasks: Sequence[Task], queries: Queries, num_layers: int) -> list[dict]:
+def compare(
+    names: Sequence[str],
+    tasks: Sequence[Task],
+    queries: Queries,
+    num_layers: int,
+    answers: Answers | None = None,
+) -> list[dict]:
     rows, searches = [], {}
     for name in names:
         config = RETRIEVALS[name]
         own = selected(queries, config.query_layers, num_layers)
         pool = learn(config, tasks, own)
-        rows.append({"retrieval": name, **routed(pool, tasks, own)})
+        rows.append({"retrieval": name, **routed(pool, tasks, own, answers)})
         searches[name] = lambda pool=pool, query=own[0][1][:1]: pool.search(query)
     for row, times in zip(rows, interleaved(searches, 20).values(), strict=True):
         row["milliseconds"] = 1e3 * statistics.median(times)
     width = max(map(len, names))
-    print(f"\n{'retrieval':{width}}  accuracy  merged    mass      MB      ms")
+    shown = ("accuracy", "merged", "mass", *(("final",) if answers else ()))
+    print(f"\n{'retrieval':{width}}  " + "  ".join(f"{k:>8}" for k in shown) + "      MB      ms")
     for row in rows:
-        shares = "  ".join(f"{100 * mean(row[k]):6.2f}" for k in ("accuracy", "merged", "mass"))
-        print(
-            f"{row['retrieval']:{width}}    {shares}  {row['bytes'] / 1e6:6.1f}  {row['milliseconds']:6.3f}"
-        )
+        shares = "  ".join(f"{100 * mean(row[k]):8.2f}" for k in shown)
+        print(f"{row['retrieval']:{width}}  {shares}  {row['bytes'] / 1e6:6.1f}  {row['milliseconds']:6.3f}")
     return rows
 
 
@@ -166,6 +201,9 @@ def main() -> None:
     parser.add_argument("--retrieval", nargs="+", choices=RETRIEVALS, default=list(RETRIEVALS))
     parser.add_argument("--data", help="data folder, by default SLM_FAST_DATA's")
     parser.add_argument("--cache", type=Path, help="folder where queries are kept")
+    parser.add_argument(
+        "--pool", type=Path, help="folder of a pool that has learnt the first benchmark's tasks"
+    )
     parser.add_argument("--max-train", type=int)
     parser.add_argument("--max-test", type=int)
     parser.add_argument("--quick", action="store_true", help="bert5 alone, 100 texts a task")
@@ -180,7 +218,8 @@ def main() -> None:
         queries = encode(tasks, encoder, args.cache)
         print(f"\n{name}: {len(tasks)} tasks, {sum(len(q) for _, q in queries):,} test texts")
         found = {"benchmark": name, "rows": {t.name: [len(t.train), len(t.test)] for t in tasks}}
-        found["retrievals"] = compare(args.retrieval, tasks, queries, len(encoder.layers))
+        answers = Answers(args.pool) if args.pool and name == args.benchmark[0] else None
+        found["retrievals"] = compare(args.retrieval, tasks, queries, len(encoder.layers), answers)
         others = [probe for probe in PROBES if probe not in tasks_in_order(name)]
         if others:
             probes = load_benchmark("all25", data=args.data, tasks=others, **limits)
