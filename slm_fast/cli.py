@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from slm_fast.config import INITS, KEY_METHODS, METRICS, SLMConfig
 from slm_fast.continual.metrics import EVALUATED
+from slm_fast.continual.tasks import TEXT_METRICS
 
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 # Of `learn` where neither an option nor a benchmark says otherwise.
@@ -78,7 +80,9 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> di
     )
     base, tokenizer = load_base(args.base)
     model = get_slm_model(base, _config(args), encoder=encoder, tokenizer=tokenizer)
-    tasks, probes = _tasks(args, order, seed, model.can_generate)
+    tasks, probes = (
+        [_scored(t, args) for t in part] for part in _tasks(args, order, seed, model.can_generate)
+    )
     check_probes(probes, [task.name for task in tasks], model.can_generate)
     limits = dict(max_length=args.max_length, max_new_tokens=answer_tokens(tokenizer, tasks + probes))
     options = dict(methods=args.methods.split(","), evaluate=args.evaluate, seed=seed)
@@ -135,8 +139,14 @@ def _tasks(args, order: str | None, seed: int, generates: bool) -> tuple[list, l
         tasks = [task.subset(**limits) for task in load_tasks(args.data or "docs", names)]
     probed = args.probes.split(",") if args.probes else []
     probes = [load_source(name, data, generates=generates, **limits) for name in probed]
+    tasks, probes = ([_scored(task, args.text_metric) for task in part] for part in (tasks, probes))
     print(format_table(task_table(tasks + probes, scoring)), flush=True)
     return tasks, probes
+
+
+def _scored(task, metric: str | None):
+    """The task, with that metric if its answers are texts of more than a few words."""
+    return replace(task, metric=metric) if metric and task.metric in TEXT_METRICS else task
 
 
 def _with_defaults(args) -> argparse.Namespace:
@@ -378,6 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--methods", default="slm,oracle,seq", help="names, separated by commas")
     learn.add_argument("--evaluate", choices=EVALUATED, default="seen", help="tasks after each stage")
+    learn.add_argument("--text-metric", choices=TEXT_METRICS, help="of long answers (default: token_f1)")
     learn.add_argument("--rank", type=int)
     learn.add_argument("--entries", type=int, help="pool entries of a task")
     learn.add_argument("--top-k", type=int)

@@ -189,7 +189,7 @@ def test_few_answers_as_labels():
 
 
 def test_unknown_metric():
-    with pytest.raises(ValueError, match="accuracy, token_f1, got 'bleu'"):
+    with pytest.raises(ValueError, match="accuracy, token_f1, bertscore, got 'bleu'"):
         Task("t", [], [], metric="bleu")
 
 

@@ -15,6 +15,7 @@ from slm_fast.continual.sources import load_source
 from slm_fast.continual.tables import Table
 from slm_fast.continual.tasks import Task
 
+SCORES = {"bertscore": "BERTScore F1 of all-MiniLM-L6-v2's last layer"}
 EXTRA = ("sst2", "mnli", "rte", "cb", "qqp", "wic", "copa", "boolq", "imdb", "multirc")
 INTENTS = ("clinc150", "banking77", "trec6", "hwu64")
 INSTRUCTIONS = ("finance", "history", "science_aux", "medical", "medquad", "pubmedqa")
@@ -197,8 +198,9 @@ def load_benchmark(
 
 def score_names(tasks: list[Task], scoring: dict[str, str] | None = None) -> dict[str, str]:
     """What the score of every task is: the benchmark's `scoring` of text, else the task's metric."""
-    names = {task.name: task.metric.replace("_", " ") for task in tasks}
-    return names | {t.name: scoring[t.name] for t in tasks if t.labels is None and t.name in (scoring or ())}
+    names = {task.name: SCORES.get(task.metric, task.metric.replace("_", " ")) for task in tasks}
+    told = {t.name: scoring[t.name] for t in tasks if t.labels is None and t.name in (scoring or ())}
+    return names | {name: text for name, text in told.items() if names[name] not in SCORES.values()}
 
 
 def task_table(tasks: list[Task], scoring: dict[str, str] | None = None) -> Table:

@@ -88,9 +88,13 @@ class Method(ABC):
     def measured(self, stage: int) -> list[int]:
         """Numbers of the tasks that are scored after a stage."""
         if self.runner.evaluate == "last":
-            return list(range(stage + 1)) if stage == len(self.tasks) - 1 else [stage]
+            return self.newest(stage)
         every = self.runner.evaluate == "all" and not self.told
         return list(range(len(self.tasks) if every else stage + 1))
+
+    def newest(self, stage: int) -> list[int]:
+        """The number of the stage's task; after the last stage those of all."""
+        return list(range(stage + 1)) if stage == len(self.tasks) - 1 else [stage]
 
     def seed(self, task: Task) -> int:
         """For what is drawn at random for a task, whatever its place in the order."""

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-METRICS = ("accuracy", "token_f1")
+METRICS = ("accuracy", "token_f1", "bertscore")
+TEXT_METRICS = METRICS[1:]  # of answers that are longer than a few words
 GENERATION_FIELDS = (("instruction", "output"), ("input", "output"), ("prompt", "completion"))
 SPLIT_SEED = 0  # of the 80/20 split of data that came in one part
 HELD_OUT = 0.2
@@ -348,12 +349,16 @@ def score(task: Task, predictions: list[str], targets: list[str]) -> float:
     """Mean over the rows, in [0, 1], by the task's metric.
 
     accuracy: equal up to case and whitespace.  token_f1: harmonic mean of the words' precision and recall,
-    without case, punctuation and articles (SQuAD).
+    without case, punctuation and articles (SQuAD).  bertscore: see `bertscore.bert_scores`.
     """
     if len(predictions) != len(targets):
         raise ValueError(f"wanted one prediction per target, got {len(predictions)} for {len(targets)}")
     if not targets:
         raise ValueError("there is nothing to score: 0 targets")
+    if task.metric == "bertscore":
+        from slm_fast.continual.bertscore import bert_scores
+
+        return sum(bert_scores(predictions, targets)) / len(targets)
     row_score = _token_f1 if task.metric == "token_f1" else _same_answer
     return sum(row_score(*pair) for pair in zip(predictions, targets, strict=True)) / len(targets)
 
