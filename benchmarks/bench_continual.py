@@ -50,7 +50,8 @@ def run(name: str, output: Path, data: str | None) -> list[dict]:
     """The reports of a protocol's runs, which are made if they are not there."""
     folder = output / name
     if not (folder / "report.json").is_file():
-        common = ["--output", str(folder), "--trained", str(output / "trained")]
+        common = ["--output", str(folder)]
+        common += ["--trained", str(output / "trained"), "--queries", str(output / "queries")]
         if slm_fast(["learn", *PROTOCOLS[name], *common, *(["--data", data] if data else [])]) != 0:
             raise SystemExit(f"{name} failed")
     return json.loads((folder / "report.json").read_text(encoding="utf8"))["runs"]

@@ -7,15 +7,13 @@ the found task's entries give. Then the calibrated floor: the share of test text
 the share of other tasks' texts that fall to the frozen model. Then the time of a search against the number of
 tasks.
 
-    python benchmarks/bench_routing.py [--quick] [--benchmark bert5 all25] [--cache FOLDER] [--pool FOLDER]
-        [--json FILE]
+    python benchmarks/bench_routing.py [--quick] [--benchmark bert5 all25] [--queries FOLDER]
+        [--pool FOLDER] [--json FILE]
 
-Queries are rounded to fp16, in which `--cache` keeps them, so that a text is encoded once. `--quick`: 100
-texts a task, within a few minutes. The last line is JSON.
+`--quick`: 100 texts a task, within a few minutes. The last line is JSON.
 """
 
 import argparse
-import hashlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -51,21 +49,9 @@ NUM_TASKS = (5, 25, 1000, 10_000)
 Queries = list[tuple[Tensor, Tensor]]  # of every task's training and test texts
 
 
-def encode(tasks: Sequence[Task], encoder: Encoder, cache: Path | None) -> Queries:
-    return [tuple(_encoded(part, encoder, cache) for part in (task.train, task.test)) for task in tasks]
-
-
-def _encoded(rows: Sequence, encoder: Encoder, cache: Path | None) -> Tensor:
-    texts = [row.text for row in rows]
-    name = hashlib.sha256("\0".join([str(encoder.settings()), *texts]).encode()).hexdigest()[:24]
-    path = None if cache is None else cache / f"{name}.pt"
-    if path is not None and path.is_file():
-        return torch.load(path, weights_only=True).float()
-    queries = encoder(texts, progress=True).half()
-    if path is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(queries, path)
-    return queries.float()
+def encode(tasks: Sequence[Task], encoder: Encoder) -> Queries:
+    parts = ([[row.text for row in part] for part in (task.train, task.test)] for task in tasks)
+    return [tuple(encoder(texts, progress=True) for texts in pair) for pair in parts]
 
 
 def selected(queries: Queries, layers: list[int] | str, num_layers: int) -> Queries:
@@ -200,7 +186,7 @@ def main() -> None:
     parser.add_argument("--benchmark", nargs="+", choices=BENCHMARKS, default=["bert5", "all25"])
     parser.add_argument("--retrieval", nargs="+", choices=RETRIEVALS, default=list(RETRIEVALS))
     parser.add_argument("--data", help="data folder, by default SLM_FAST_DATA's")
-    parser.add_argument("--cache", type=Path, help="folder where queries are kept")
+    parser.add_argument("--queries", help="folder where encoded texts are kept")
     parser.add_argument(
         "--pool", type=Path, help="folder of a pool that has learnt the first benchmark's tasks"
     )
@@ -213,9 +199,11 @@ def main() -> None:
         args.benchmark, args.max_train, args.max_test = ["bert5"], 100, 100
     limits = {"max_train": args.max_train, "max_test": args.max_test}
     encoder, results = Encoder("minilm"), []
+    if args.queries:
+        encoder.keep_in(args.queries)
     for name in args.benchmark:
         tasks = load_benchmark(name, data=args.data, **limits)
-        queries = encode(tasks, encoder, args.cache)
+        queries = encode(tasks, encoder)
         print(f"\n{name}: {len(tasks)} tasks, {sum(len(q) for _, q in queries):,} test texts")
         found = {"benchmark": name, "rows": {t.name: [len(t.train), len(t.test)] for t in tasks}}
         answers = Answers(args.pool) if args.pool and name == args.benchmark[0] else None
@@ -223,7 +211,7 @@ def main() -> None:
         others = [probe for probe in PROBES if probe not in tasks_in_order(name)]
         if others:
             probes = load_benchmark("all25", data=args.data, tasks=others, **limits)
-            found["floors"] = floors(tasks, queries, probes, encode(probes, encoder, args.cache))
+            found["floors"] = floors(tasks, queries, probes, encode(probes, encoder))
         results.append(found)
     times = growth(queries[0][1], encoder, tasks[0].test[0].text)
     report({"machine": machine(), "results": results, "milliseconds": times}, args.json)

@@ -44,6 +44,10 @@ def _learn(args) -> int:
     runs = [(order, seed) for order in _orders(args) for seed in seeds]
     began, reports = time.perf_counter(), []
     encoder = None if args.encoder == "backbone" else make_encoder(_config(args))  # one memory for all runs
+    if args.queries:
+        if encoder is None:
+            raise ValueError("--queries keeps those of a sentence encoder, not of --encoder backbone")
+        encoder.keep_in(args.queries)
     for order, seed in runs:
         folder = Path(args.output)
         if len(runs) > 1:
@@ -386,6 +390,7 @@ def _parser() -> argparse.ArgumentParser:
         "--trained",
         help="folder of finished training, for commands to share (several orders or seeds: OUTPUT/trained)",
     )
+    learn.add_argument("--queries", help="folder of encoded texts, for commands to share")
     learn.add_argument("--methods", default="slm,oracle,seq", help="names, separated by commas")
     learn.add_argument("--evaluate", choices=EVALUATED, default="seen", help="tasks after each stage")
     learn.add_argument("--text-metric", choices=TEXT_METRICS, help="of long answers (default: token_f1)")

@@ -1,9 +1,12 @@
 """The frozen sentence encoder: texts in, queries out, computed once per text."""
 
+import hashlib
+import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from slm_fast.config import SLMConfig
 from slm_fast.loading import resolve_name
+from slm_fast.query_store import QueryStore
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class Encoder:
         query_layers: see `SLMConfig`. One layer alone is kept as it is (the paper), several are L2-normalised
             each and concatenated.
         max_length: tokens kept of a text; longer ones are cut at the end, with a warning that counts them.
+    `keep_in(folder)` remembers them on disk too.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Encoder:
         self.function: Callable | None = None
         self.num_truncated = 0
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._store: QueryStore | None = None
         self._lock = threading.Lock()
         if source is None:
             return
@@ -126,6 +132,20 @@ class Encoder:
             "encoder_max_length": self.max_length,
         }
 
+    def keep_in(self, folder: str | Path) -> "Encoder":
+        """Remember queries in a folder that other processes and later runs share: a `QueryStore`.
+
+        Raises ValueError for an encoder without a name, whose queries nobody could tell from another's.
+        """
+        if self.name_or_path is None or self.model is None:
+            raise ValueError("only an encoder with a name can keep its queries on disk, not a callable one")
+        probe = [
+            p.detach().flatten()[:: max(p.numel() // 8, 1)][:8].tolist() for p in self.model.parameters()
+        ]
+        identity = hashlib.sha256(json.dumps([self.settings(), probe]).encode()).hexdigest()
+        self._store = QueryStore(folder, identity)
+        return self
+
     def __call__(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Queries of `texts`, [B, D] fp32. Raises ValueError on an empty batch or text and on NaN queries."""
         texts = check_texts(texts)
@@ -134,13 +154,17 @@ class Encoder:
 
     def _queries(self, texts: list[str], progress: bool) -> Tensor:
         missing = list(dict.fromkeys(text for text in texts if text not in self._cache))
-        fresh: dict[str, Tensor] = {}
+        fresh = self._store.get(missing) if self._store is not None and missing else {}
+        missing = [text for text in missing if text not in fresh]
         if missing:
             missing.sort(key=len, reverse=True)
             starts = range(0, len(missing), self.batch_size)
             for lo in tqdm(starts, desc="encoding", disable=not progress or len(starts) < 2):
                 part = missing[lo : lo + self.batch_size]
-                fresh.update(zip(part, self._encode(part), strict=True))
+                encoded = dict(zip(part, self._encode(part), strict=True))
+                if self._store is not None:
+                    self._store.put(encoded)
+                fresh.update(encoded)
         queries = torch.stack([fresh[text] if text in fresh else self._cache[text] for text in texts])
         self._remember(fresh)
         return queries

@@ -87,3 +87,46 @@ def test_bad_input():
         Encoder()(["abc"])
     with pytest.raises(ValueError, match="got int"):
         Encoder(3)
+
+
+def counted(encoder):
+    """The encoder, and the texts that it encodes from now on."""
+    seen, encode = [], encoder._encode
+
+    def counting(texts):
+        seen.extend(texts)
+        return encode(texts)
+
+    encoder._encode = counting
+    return encoder, seen
+
+
+def test_a_text_is_encoded_once_by_all_processes(minilm, tmp_path):
+    texts = [f"text number {n}" for n in range(700)]
+    first, seen = counted(Encoder(minilm, query_layers=[-1], max_length=16).keep_in(tmp_path / "kept"))
+    want = first(texts[:650])
+    assert len(seen) == 650
+    second, seen = counted(Encoder(minilm, query_layers=[-1], max_length=16).keep_in(tmp_path / "kept"))
+    got = second(texts)
+    assert sorted(seen) == sorted(texts[650:])
+    assert torch.equal(got[:650], want) and got.dtype == torch.float32
+    second(texts)
+    assert len(seen) == 50  # from memory
+    for options in (dict(query_layers=[-1], max_length=8), dict(query_layers=[0], max_length=16)):
+        other, seen = counted(Encoder(minilm, **options).keep_in(tmp_path / "kept"))
+        other(texts[:3])
+        assert len(seen) == 3
+    changed = Encoder(minilm, query_layers=[-1], max_length=16)
+    with torch.no_grad():
+        next(changed.model.parameters()).mul_(1.01)
+    changed, seen = counted(changed.keep_in(tmp_path / "kept"))
+    changed(texts[:3])
+    assert len(seen) == 3
+
+
+def test_queries_that_cannot_be_kept(minilm, tmp_path):
+    with pytest.raises(ValueError, match="only an encoder with a name"):
+        Encoder(lambda texts: torch.ones(len(texts), 4)).keep_in(tmp_path)
+    (tmp_path / "queries.sqlite3").write_bytes(b"not a data base" * 100)
+    with pytest.raises(OSError, match="queries.sqlite3 cannot be used"):
+        Encoder(minilm).keep_in(tmp_path)
