@@ -1,9 +1,9 @@
-"""Forward transfer to few examples: new entries from zero, against init="retrieved", on 16 texts a class.
+"""Forward transfer to few examples: new entries from zero, against init="retrieved".
 
 For every task of `--tasks` a pool that has learnt others is taken (a saved pool of five tasks, without this
-one), and the task is learnt from each of three draws of 16 training texts a class, from both starts. Scores
-are accuracies, told the task, before the first step and after the last, means over the draws with the
-sample's standard deviation.
+one), and the task is learnt from draws of a few training texts a class, from both starts. Scores are
+accuracies, told the task, before the first step and after the last, means over the draws with the sample's
+standard deviation.
 
     python benchmarks/bench_transfer.py --pool runs/bert5/order4-seed0/slm [--tasks amazon ag] [--json FILE]
 """
@@ -14,7 +14,6 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import transformers
 from cpu_timing import machine, report
 
@@ -26,7 +25,6 @@ from slm_fast.model import SLMModel
 from slm_fast.trainer import SLMTrainer, default_arguments
 
 STARTS = ("zero", "retrieved")
-DRAWS, SHOTS = 3, 16
 MAX_LENGTH = 128
 
 
@@ -35,10 +33,10 @@ def accuracy(model: SLMModel, task: Task) -> float:
     return score(task, [p.answer for p in found], [row.target for row in task.test])
 
 
-def few(task: Task, draw: int) -> Task:
-    """The task with `SHOTS` of its training texts a class."""
+def few(task: Task, draw: int, shots: int) -> Task:
+    """The task with that many of its training texts a class."""
     rows = random.Random(draw).sample(task.train, len(task.train))
-    of_class = {label: [row for row in rows if row.target == label][:SHOTS] for label in task.labels}
+    of_class = {label: [row for row in rows if row.target == label][:shots] for label in task.labels}
     return replace(task, train=[row for part in of_class.values() for row in part])
 
 
@@ -58,7 +56,8 @@ def learn(folder: Path, task: Task, start: str, draw: int, epochs: float) -> tup
 
 
 def spread(values: list[float]) -> str:
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
 def main() -> None:
@@ -66,23 +65,26 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, required=True, help="folder of a saved pool")
     parser.add_argument("--data", help="data folder, by default SLM_FAST_DATA's")
     parser.add_argument("--tasks", nargs="+", default=["amazon", "ag", "dbpedia"])
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--shots", type=int, default=16, help="training texts a class")
+    parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--max-test", type=int, default=250)
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
     rows, results = [], []
     for name in args.tasks:
-        for start in STARTS:
+        for start in args.starts:
             scores = []
-            for draw in range(DRAWS):
+            for draw in range(args.draws):
                 task = load_source(name, args.data, max_test=args.max_test, generates=False)
-                scores.append(learn(args.pool, few(task, draw), start, draw, args.epochs))
+                scores.append(learn(args.pool, few(task, draw, args.shots), start, draw, args.epochs))
             before, after = (list(values) for values in zip(*scores, strict=True))
             results.append({"task": name, "start": start, "before": before, "after": after})
             rows.append([name, start, spread(before), spread(after)])
             print(*rows[-1], flush=True)
     print(format_table((["task", "start", "before, %", f"after {args.epochs:g} epochs, %"], rows)))
-    settings = {"epochs": args.epochs, "max_test": args.max_test, "torch_threads": torch.get_num_threads()}
+    settings = {name: getattr(args, name) for name in ("shots", "draws", "epochs", "max_test")}
     report({"machine": machine(), "settings": settings, "results": results}, args.json)
 
 
