@@ -20,7 +20,7 @@ from slm_fast.reference import MAX_TOP_K, WEIGHTINGS
 CONFIG_NAME = "slm_config.json"
 METRICS = ("whitened", "grouped_cosine")
 KEY_METHODS = ("group_avg", "kmeans", "paper")
-INITS = ("zero", "retrieved")
+INITS = ("zero", "retrieved", "twin")
 MIXINGS = ("instance", "batch")
 POOLINGS = ("auto", "mean", "first", "last")
 
@@ -46,8 +46,10 @@ class SLMConfig:
         statistics_rank: whitened: directions in which a task's covariance is kept, 2 D bytes each.
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.
-        init: where new entries start: "zero" (they change nothing yet) or "retrieved" (the mixture that the
-            task's texts get from the entries that are there, and the heads of tasks with the same labels).
+        init: where new entries start: "zero" (they change nothing yet), "retrieved" (the mixture that the
+            task's texts get from the entries that are there, and the heads of tasks with the same labels) or
+            "twin" (whitened): as "retrieved", but from tasks with the same labels that could hold most of the
+            texts alone, and at zero where there is none.
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
             query stays under 4,096 values, else evenly spaced ones ("backbone": `auto_layers`).
         weighting: of a row's picks. "task": a softmax over the tasks among them by each one's best score, in

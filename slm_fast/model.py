@@ -25,7 +25,7 @@ from slm_fast.prompts import encode_prompts
 from slm_fast.resident import ResidentPool
 from slm_fast.router import Router, rows_of
 from slm_fast.routing import Routing
-from slm_fast.starts import mean_weights, start_from_mixture
+from slm_fast.starts import equal_weights, mean_weights, start_from_mixture, twins
 from slm_fast.storage import load_pool, save_pool
 
 
@@ -103,24 +103,27 @@ class SLMModel(nn.Module):
     ) -> TaskInfo:
         """Phase 1: make a new task's keys from its texts. With `labels` the task gets a classification head.
 
-        method: "group_avg", "kmeans" or "paper".  init: "zero", or "retrieved": the entries start from the
-        mixture that the texts get without them, as near as their ranks allow (`starts`). None takes the
-        config's. Raises ValueError on an unknown method or init, "retrieved" with a scaling of 0, too few
-        texts, a taken name or non-finite embeddings; nothing is changed then.
+        method: "group_avg", "kmeans" or "paper".  init: "zero"; "retrieved": the entries start from the
+        mixture that the texts get without them, as near as their ranks allow; or "twin": from that of
+        near-duplicate tasks (`starts`). None takes the config's. Raises ValueError on an unknown method or
+        init, a start other than "zero" with a scaling of 0, too few texts, a taken name or non-finite
+        embeddings; nothing is changed then.
         """
         method, init = method or self.slm_config.key_method, init or self.slm_config.init
         if method not in KEY_METHODS:
             raise ValueError(f"method must be one of {', '.join(KEY_METHODS)}, got {method!r}")
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-        if init == "retrieved" and self.slm_config.scaling == 0:
-            raise ValueError('init="retrieved" needs a scaling other than 0')
+        if init != "zero" and self.slm_config.scaling == 0:
+            raise ValueError(f"init={init!r} needs a scaling other than 0")
         if name in self.pool.tasks:
             raise ValueError(f"the pool already has a task {name!r}")
         query = self.router.queries(texts, embeddings, progress).to(self.pool.keys.device)
         bar = (lambda steps: tqdm(steps, desc=f"keys of {name}", leave=False)) if progress else None
         keys = self.pool.learn_keys(query, method, seed, bar)
         weights = mean_weights(self.pool, query) if init == "retrieved" else None
+        if init == "twin":
+            weights = equal_weights(self.pool, twins(self.pool, labels, query))
         info = self.pool.add_task(
             name,
             keys,

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from slm_fast.continual.method import Method
+from slm_fast.continual.tasks import Task
 from slm_fast.storage import base_fingerprint, load_pool, read_index, save_pool
 
 COST_NAME = "cost.json"
@@ -50,12 +51,15 @@ class TrainedTasks:
         encoder = method.model.encoder.settings()
         if not method.independent or encoder["encoder_name_or_path"] is None:
             return None
-        runner, model, tasks = method.runner, method.model, method.learnt_at(stage)
+        tasks, runner = method.learnt_at(stage), method.runner
+        before, model = self._before(method, stage), method.model
         config = model.slm_config.to_dict() | encoder
+        if not before and config["init"] == "twin":
+            config["init"] = "zero"  # without anything alike they are the same
         what = {
             "method": method.name,
             "options": method.options,
-            "tasks": [[t.name, t.labels, [[row.text, row.target] for row in t.train]] for t in tasks],
+            "tasks": [_content(task) for task in tasks],
             "config": {name: value for name, value in config.items() if name not in OF_RETRIEVAL},
             "base": base_fingerprint(model.base_model, list(model.pool.modules_shape)),
             "dtypes": [str(model.base_model.dtype), str(model.pool.factors[0].A.dtype)],
@@ -63,8 +67,22 @@ class TrainedTasks:
             "seed": runner.seed,
             "max_length": runner.max_length,
         }
+        if before:
+            what |= {"before": before, "coverage": config["coverage"]}
         digest = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
         return self.folder / f"{method.name}-{tasks[0].name if len(tasks) == 1 else len(tasks)}-{digest}"
+
+    def _before(self, method: Method, stage: int) -> list:
+        """What a stage depends on of the stages before, and those in turn."""
+        found = []
+        for task in sorted(method.before(stage), key=lambda task: task.name):
+            at = method.tasks.index(task)
+            found.append([_content(task), self._before(method, at)])
+        return found
+
+
+def _content(task: Task) -> list:
+    return [task.name, task.labels, [[row.text, row.target] for row in task.train]]
 
 
 def _has_pool(folder: Path) -> bool:
