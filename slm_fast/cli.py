@@ -84,9 +84,7 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> di
     )
     base, tokenizer = load_base(args.base)
     model = get_slm_model(base, _config(args), encoder=encoder, tokenizer=tokenizer)
-    tasks, probes = (
-        [_scored(t, args) for t in part] for part in _tasks(args, order, seed, model.can_generate)
-    )
+    tasks, probes = _tasks(args, order, seed, model.can_generate)
     check_probes(probes, [task.name for task in tasks], model.can_generate)
     limits = dict(max_length=args.max_length, max_new_tokens=answer_tokens(tokenizer, tasks + probes))
     options = dict(methods=args.methods.split(","), evaluate=args.evaluate, seed=seed)

@@ -3,6 +3,7 @@
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slm_fast.pool import KnowledgePool
@@ -83,6 +84,7 @@ def start_from_mixture(pool: KnowledgePool, name: str, weights: Tensor) -> None:
     where every weight is 0. The entries have one rank and one scaling, which is not 0. The head starts at the
     mean of the heads with its labels, by their tasks' weights, if there are any.
     """
+    weights = F.pad(weights, (0, len(pool.start) - len(weights)))  # the task may have made the pool grow
     _start_head(pool, name, weights)
     others, own = weights.nonzero().flatten().tolist(), pool.task(name).slots
     if not others:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from conftest import tiny_base
+from transformers import AutoTokenizer
 
 from slm_fast.cli import main
 
@@ -169,3 +171,35 @@ def test_doctor_names_what_is_there_and_what_is_missing():
     ):
         assert word in out
     assert "pip install" in out
+
+
+def test_long_answers_are_scored_as_asked(minilm, tmp_path, capsys, monkeypatch):
+    words = "one two three four five six seven".split()
+    rows = [{"prompt": f"say {w}", "completion": " ".join([w, *words])} for w in words]
+    for part in ("train", "test"):
+        (tmp_path / f"long.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    class Stopped(Exception):
+        pass
+
+    def stop(model, tasks, *args, **options):
+        raise Stopped([task.metric for task in tasks])
+
+    monkeypatch.setattr("slm_fast.continual.runner.ContinualRunner", stop)
+    monkeypatch.setattr(
+        "slm_fast.loading.load_base", lambda name: (tiny_base("llama"), AutoTokenizer.from_pretrained(minilm))
+    )
+    for arguments, metric in (([], "token_f1"), (["--text-metric", "bertscore"], "bertscore")):
+        with pytest.raises(Stopped, match=metric):
+            main(
+                [
+                    "learn",
+                    "--data",
+                    str(tmp_path),
+                    "--output",
+                    str(tmp_path / "run"),
+                    "--base",
+                    "x",
+                    *arguments,
+                ]
+            )

@@ -176,3 +176,15 @@ def test_a_task_starts_as_its_twin():
         model.add_task(name, **options, labels=labels)
         rows = pool.rows_of(pool.task(name).slots)
         assert not any(factors.B[rows].any() for factors in pool.factors)
+
+
+@pytest.mark.parametrize("init", ["retrieved", "twin"])
+def test_a_pool_that_grows_with_the_task(init):
+    xy = ["x", "y"]
+    model = twin_model(*((f"far{t}", 2 + t, xy) for t in range(3)), ("twin", 1, xy))
+    pool = model.pool
+    assert len(pool.start) == pool.num_entries  # the next task needs more slots
+    model.add_task("new", embeddings=clustered_embeddings(1, 60), labels=xy, init=init, progress=False)
+    assert len(pool.start) > 8 and pool.num_entries == 10
+    rows = pool.rows_of(pool.task("new").slots)
+    assert all(factors.B[rows].any() for factors in pool.factors)
