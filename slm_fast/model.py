@@ -146,7 +146,7 @@ class SLMModel(nn.Module):
         then.
         """
         other = load_pool(self.base_model, directory)
-        names = other.task_names() if names is None else list(names)
+        names = other.task_names() if names is None else list(dict.fromkeys(names))
         for name in names:
             self.pool.check_take(other, name)
         return [self.pool.take_task(other, name) for name in names]

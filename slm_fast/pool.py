@@ -15,6 +15,8 @@ from slm_fast.keys import METRIC_CLASSES, TEMPERATURES, learn_keys
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
 
+SLOT_BUFFERS = ("start", "rank", "scaling", "active", "slot_version", "factors_version", "slot_task", "keys")
+
 
 @dataclass
 class TaskInfo:
@@ -308,17 +310,7 @@ class KnowledgePool(nn.Module):
             return self._free_slots.pop()
         if self._num_slots == self.start.shape[0]:
             capacity = max(8, 2 * self._num_slots)
-            of_slots = (
-                "start",
-                "rank",
-                "scaling",
-                "active",
-                "slot_version",
-                "factors_version",
-                "slot_task",
-                "keys",
-            )
-            for name in of_slots:
+            for name in SLOT_BUFFERS:
                 setattr(self, name, grown(getattr(self, name), capacity))
         self._num_slots += 1
         return self._num_slots - 1
