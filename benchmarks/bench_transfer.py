@@ -20,6 +20,7 @@ from cpu_timing import machine, report
 from slm_fast.continual.sources import load_source
 from slm_fast.continual.tables import format_table
 from slm_fast.continual.tasks import Task, score
+from slm_fast.encoder import Encoder
 from slm_fast.loading import load_base
 from slm_fast.model import SLMModel
 from slm_fast.trainer import SLMTrainer, default_arguments
@@ -40,10 +41,12 @@ def few(task: Task, draw: int, shots: int) -> Task:
     return replace(task, train=[row for part in of_class.values() for row in part])
 
 
-def learn(folder: Path, task: Task, start: str, draw: int, epochs: float) -> tuple[float, float]:
+def learn(
+    folder: Path, encoder: Encoder, task: Task, start: str, draw: int, epochs: float
+) -> tuple[float, float]:
     """Accuracy before the first step and after the last."""
     base, tokenizer = load_base("minilm")
-    model = SLMModel.from_pretrained(base, folder, tokenizer=tokenizer)
+    model = SLMModel.from_pretrained(base, folder, encoder=encoder, tokenizer=tokenizer)
     model.remove_task(task.name)
     texts = [row.text for row in task.train]
     model.add_task(task.name, texts, labels=task.labels, init=start, seed=draw, progress=False)
@@ -72,13 +75,15 @@ def main() -> None:
     parser.add_argument("--max-test", type=int, default=250)
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
-    rows, results = [], []
+    rows, results, encoder = [], [], Encoder("minilm")  # a text is encoded once for all starts and draws
     for name in args.tasks:
+        task = load_source(name, args.data, max_test=args.max_test, generates=False)
         for start in args.starts:
             scores = []
             for draw in range(args.draws):
-                task = load_source(name, args.data, max_test=args.max_test, generates=False)
-                scores.append(learn(args.pool, few(task, draw, args.shots), start, draw, args.epochs))
+                scores.append(
+                    learn(args.pool, encoder, few(task, draw, args.shots), start, draw, args.epochs)
+                )
             before, after = (list(values) for values in zip(*scores, strict=True))
             results.append({"task": name, "start": start, "before": before, "after": after})
             rows.append([name, start, spread(before), spread(after)])
