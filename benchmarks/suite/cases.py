@@ -1,0 +1,195 @@
+"""A case of the suite: contenders for the same work, verified first, then timed in turns.
+
+A record of a case holds
+
+    section, case     names; together they identify the case in another result file
+    axes              {what varies: value}, for plots
+    ours              the contender that ratios are about
+    bytes, operations of one call of ours: the least that must be read, and multiply-adds counted twice
+    clock             "wall" (CPU) or "events" (CUDA; "graph": replayed from a CUDA graph)
+    contenders        {name: numbers}; `seconds` is the median, `low` and `high` the 20% and 80% quantiles,
+                      and `ratio`, `ratio_low`, `ratio_high` the same of (its seconds / ours) by pairs: the
+                      two samples of a round drift together. `error` instead: why it has no time
+
+Times are of one call; where a contender does a part of the work (one row of many), `scale` made it whole.
+"""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+MIN_SECONDS = 0.002  # of a sample: shorter calls are repeated in it
+PAUSE = 0.003  # libraries with OpenMP pools of their own spin for a while after each call
+
+
+@dataclass
+class Contender:
+    """`run(i)` does the work on the i-th copy of the inputs; `check(result)` says why a result is wrong, or
+    None. `numbers` go into the record as they are: recall, bytes in memory."""
+
+    name: str
+    run: Callable[[int], object]
+    check: Callable[[object], str | None] | None = None
+    numbers: dict = field(default_factory=dict)
+    scale: float = 1.0
+
+
+@dataclass
+class Case:
+    """`copies`: of the inputs, which calls take in turns, so that each finds the caches cold.
+
+    `skipped`: {contender: why it does not take part}.
+    """
+
+    section: str
+    name: str
+    axes: dict
+    contenders: list[Contender]
+    ours: str = "slm_fast"
+    bytes: int | None = None
+    operations: int | None = None
+    copies: int = 1
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case is measured: at least `least` rounds, then until `seconds` have gone or `most` are
+    done."""
+
+    least: int
+    most: int
+    seconds: float
+
+
+QUICK, FULL = Effort(5, 15, 1.0), Effort(9, 40, 6.0)
+
+
+class Wall:
+    """Seconds of calls on the CPU."""
+
+    name = "wall"
+
+    def pause(self) -> None:
+        time.sleep(PAUSE)
+
+    def __call__(self, run: Callable[[int], object], first: int, repeats: int) -> float:
+        begin = time.perf_counter()
+        for i in range(first, first + repeats):
+            run(i)
+        return (time.perf_counter() - begin) / repeats
+
+
+class Events:
+    """Seconds of calls on a CUDA device, between two events; the call in front lets the host run ahead."""
+
+    name = "events"
+
+    def pause(self) -> None:
+        torch.cuda.synchronize()
+
+    def __call__(self, run: Callable[[int], object], first: int, repeats: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run(first)
+        begin.record()
+        for i in range(first, first + repeats):
+            run(i)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / repeats
+
+
+def clock_of(device: str) -> Wall | Events:
+    return Events() if device == "cuda" else Wall()
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """(20%, median, 80%)"""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def take_turns(runs: dict[str, Callable], copies: int, effort: Effort, clock) -> dict[str, list[float]]:
+    """Seconds per call of each contender, a sample a round, in ever another order."""
+    repeats, turn, samples = {}, dict.fromkeys(runs, 0), {name: [] for name in runs}
+    for name, run in runs.items():
+        run(0)
+        once = clock(run, 1 % copies, 1)
+        repeats[name] = max(1, math.ceil(MIN_SECONDS / max(once, 1e-7)))
+    order, begin = random.Random(0), time.perf_counter()
+    for done in range(effort.most):
+        if done >= effort.least and time.perf_counter() - begin > effort.seconds:
+            break
+        for name in order.sample(list(runs), len(runs)):
+            clock.pause()
+            if copies == 1:
+                runs[name](0)  # what the contender before left in the caches must not count
+            samples[name].append(clock(runs[name], turn[name], repeats[name]))
+            turn[name] += repeats[name]
+    return samples
+
+
+def numbers_of(
+    samples: Sequence[float], ours: Sequence[float] | None, scale: float, ours_scale: float
+) -> dict:
+    low, middle, high = (scale * value for value in quantiles(samples))
+    found = {"seconds": middle, "low": low, "high": high, "rounds": len(samples)}
+    if ours is None:
+        return found
+    ratios = [scale * a / (ours_scale * b) for a, b in zip(samples, ours, strict=True)]
+    return found | dict(zip(("ratio_low", "ratio", "ratio_high"), quantiles(ratios), strict=True))
+
+
+def measure(case: Case, effort: Effort, clock=None) -> dict:
+    """The record of a case. Ours that fails raises; a peer that fails has its words instead of a time."""
+    clock = clock or Wall()
+    record = {"section": case.section, "case": case.name, "axes": case.axes, "ours": case.ours}
+    record |= {"bytes": case.bytes, "operations": case.operations, "clock": clock.name, "contenders": {}}
+    runs, found = {}, record["contenders"]
+    for contender in case.contenders:
+        try:
+            result = contender.run(0)
+            reason = contender.check(result) if contender.check else None
+            del result
+        except Exception as error:  # a peer's failure is a finding; ours is raised below
+            reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        found[contender.name] = dict(contender.numbers)
+        if reason is None:
+            run = contender.run
+            runs[contender.name] = lambda i, run=run: run(i % case.copies)
+        elif contender.name == case.ours:
+            raise RuntimeError(f"{case.section}, {case.name}: {reason}; nothing is timed")
+        else:
+            found[contender.name]["error"] = reason
+    samples = take_turns(runs, case.copies, effort, clock)
+    scales = {contender.name: contender.scale for contender in case.contenders}
+    for name, taken in samples.items():
+        found[name] |= numbers_of(taken, samples.get(case.ours), scales[name], scales.get(case.ours, 1.0))
+    for name, reason in case.skipped.items():
+        found[name] = {"error": reason}
+    return record
+
+
+def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference as a share of the largest wanted value; infinite if anything is not finite."""
+    if got.shape != want.shape or not bool(got.isfinite().all()):
+        return math.inf
+    scale = want.double().abs().max().clamp(min=1e-30)
+    return float((got.double() - want.double()).abs().max() / scale) if want.numel() else 0.0
+
+
+def near(want: torch.Tensor, tolerance: float) -> Callable[[torch.Tensor], str | None]:
+    """A check: at most `tolerance` of the largest wanted value off."""
+
+    def check(got: torch.Tensor) -> str | None:
+        error = error_of(got, want)
+        return None if error <= tolerance else f"wrong result: error {error:.1e}, allowed {tolerance:.0e}"
+
+    return check

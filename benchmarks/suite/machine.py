@@ -1,0 +1,129 @@
+"""Where numbers were measured: the machine line, and the ceilings that its memory and arithmetic set."""
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cpu_timing
+import gpu_timing
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).parents[2]
+SIZE = 1024  # of the product that measures arithmetic
+
+
+def commit() -> str | None:
+    """The checkout's commit, "+" where files differ from it; None outside of one."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cpu_megahertz() -> float | None:
+    """Of the fastest core, now."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return max((float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")), default=None)
+
+
+def describe(device: str) -> dict:
+    """What the result file says of the machine."""
+    found = cpu_timing.machine() | {"cpu": cpu_name(), "megahertz": cpu_megahertz(), "commit": commit()}
+    found |= {"python": platform.python_version(), "device": device, "memory_bytes": memory_bytes()}
+    return found | gpu_timing.machine() if device == "cuda" else found
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes(device: str) -> int:
+    """That can be allocated now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return 1024 * int(line.split()[1])
+    return memory_bytes()
+
+
+def cache_bytes(device: str) -> int:
+    """Of the last level: what inputs that are taken in turns must exceed."""
+    if device == "cuda":
+        return gpu_timing.l2_bytes()
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes) or 32 << 20
+
+
+def natural_dtype() -> torch.dtype:
+    """That a model has on this CPU: bf16 where it multiplies bf16, else fp32."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def _fastest(call: Callable[[], object], rounds: int) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def ceilings(device: str) -> dict:
+    """bytes/s of reading (CPU) and of a copy, read and written; operations/s of a large product by dtype."""
+    if device == "cuda":
+        return {
+            "copy_bytes_per_second": gpu_timing.copy_bandwidth(),
+            "operations_per_second": {"bfloat16": gpu_timing.matmul_rate()},
+        }
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    copy = 2 * 4 * source.numel() / _fastest(lambda: target.copy_(source), 5)
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
+        rates[str(dtype).removeprefix("torch.")] = 2 * (SIZE) ** 3 / _fastest(lambda a=a, b=b: a @ b, 5)
+    return {
+        "read_bytes_per_second": cpu_timing.read_bandwidth(),
+        "copy_bytes_per_second": copy,
+        "operations_per_second": rates,
+    }
+
+
+def line(machine: dict, ceilings: dict) -> str:
+    """The machine in words."""
+    rates = ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in ceilings["operations_per_second"].items())
+    speeds = [f"copy {ceilings['copy_bytes_per_second'] / 1e9:,.1f} GB/s", rates]
+    if "read_bytes_per_second" in ceilings:
+        speeds.insert(0, f"read {ceilings['read_bytes_per_second'] / 1e9:,.1f} GB/s")
+    if machine["device"] == "cuda":
+        where = f"{machine['card']}, driver {machine['driver']}, triton {machine['triton']}"
+    else:
+        clock = f", {machine['megahertz']:,.0f} MHz" if machine.get("megahertz") else ""
+        where = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}{clock}"
+    versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
+    return f"{where}; {versions}; commit {machine['commit'] or 'unknown'}; {', '.join(speeds)}"

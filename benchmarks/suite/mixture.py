@@ -1,0 +1,292 @@
+"""A linear's mixture against the ways in which others add adapters.
+
+"update" cases time what is added to a finished linear: `slm_fast` (ops.mixture), `torch` (gathered factors
+and batched products) and `dense` (the authors' offsets, sum_k w_k s B_k A_k, built and multiplied row by
+row). "layer" cases time the linear with its mixture: `frozen` is the linear alone, the floor; `peft` its LoRA
+layer with an adapter for each row. "step" cases are forward and backward of the update, for one task's
+entries.
+
+Popularity says which of a pool's entries the rows of a batch pick: "distinct" (others for each row, as far as
+there are enough), "uniform" or "zipf" draws, "identical" (all rows the same).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slm_fast import ops, reference
+from suite.cases import Case, Contender, near
+from suite.machine import cache_bytes
+
+FEATURES, TOP_K, RANK = 576, 2, 8  # SmolLM2-135M's width
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+POPULARITY = ("distinct", "uniform", "zipf", "identical")
+FLAT = (12, 100, 1000, 10_000)  # entries of pools that a batch with the same picks must not feel
+
+
+class Pool:
+    """`entries` of one rank for a linear, and what rows of a batch pick of them."""
+
+    def __init__(self, entries: int, rank: int, features: int, device: str, dtype=torch.float32) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape, scale):
+            return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+        self.entries, self.rank, self.features, self.device = entries, rank, features, device
+        self.A = normal(entries * rank, features, scale=features**-0.5)
+        self.B = normal(entries * rank, features, scale=1.0)
+        self.ranks = torch.full((entries,), rank, dtype=torch.int32, device=device)
+        self.start = (self.ranks.cumsum(0) - self.ranks).int()
+        self.scaling = torch.ones(entries, device=device)
+
+    def pick(self, rows: int, top_k: int, popularity: str, among: int | None = None) -> tuple[Tensor, Tensor]:
+        """(indices, weights) [rows, top_k] of the first `among` entries, spread over the pool."""
+        generator, among = torch.Generator().manual_seed(2), among or self.entries
+        if popularity == "distinct":
+            first = torch.arange(rows * top_k).view(rows, top_k) % among
+        elif popularity == "identical":
+            first = torch.arange(top_k).repeat(rows, 1) % among
+        else:
+            share = torch.arange(1, among + 1, dtype=torch.float64)
+            share = 1 / share if popularity == "zipf" else torch.ones_like(share)
+            first = torch.multinomial(share.repeat(rows, 1), top_k, generator=generator)
+        indices = (first * (self.entries // among)).int()
+        weights = torch.rand(rows, top_k, generator=generator).softmax(-1)
+        return indices.to(self.device), weights.to(self.device)
+
+    def arguments(self, indices: Tensor, weights: Tensor) -> tuple:
+        """As `ops.mixture` takes them behind y and x."""
+        return self.A, self.B, self.start, self.ranks, self.scaling, indices, weights
+
+    def gathered(self, x: Tensor, y: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The update in plain PyTorch, decoding: gathered factors, two batched products."""
+        (rows, top_k), picks = indices.shape, indices.long()
+        A = self.A.view(self.entries, self.rank, -1)[picks].flatten(1, 2)
+        B = self.B.view(self.entries, self.rank, -1)[picks].flatten(1, 2)
+        u = torch.bmm(A, x[:, :, None]).view(rows, top_k, self.rank) * weights[..., None].to(x.dtype)
+        return torch.baddbmm(y[:, None], u.view(rows, 1, -1), B).squeeze(1)
+
+    def gathered_tokens(self, x: Tensor, y: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The same for [rows * length, features]: a product a row."""
+        rows, picks = len(indices), indices.long()
+        A = self.A.view(self.entries, self.rank, -1)[picks].flatten(1, 2)
+        B = self.B.view(self.entries, self.rank, -1)[picks] * weights[..., None, None].to(x.dtype)
+        u = torch.bmm(x.view(rows, -1, x.shape[-1]), A.mT)
+        return torch.baddbmm(y.view(rows, -1, y.shape[-1]), u, B.flatten(1, 2)).view_as(y)
+
+    def offset(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """[out_features, in_features] of one row, as the authors build it."""
+        A, B = (t.view(self.entries, self.rank, -1)[indices.long()] for t in (self.A, self.B))
+        return torch.einsum("k,kro,kri->oi", weights.to(A.dtype), B, A)
+
+
+def copies_for(rows: int, top_k: int, rank: int, features: int, device: str) -> int:
+    """Layers of factors that batches take in turns, as a model's layers do: none is in the caches."""
+    touched = 2 * rows * top_k * rank * features * 4
+    return min(64, max(2, math.ceil(2 * cache_bytes(device) / touched)))
+
+
+def exact_update(pool: Pool, x: Tensor, y: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """In fp64, in plain PyTorch."""
+    A, B = pool.A.double(), pool.B.double()
+    args = (A, B, pool.start, pool.ranks, pool.scaling.double(), indices, weights.double())
+    return reference.mixture(y.double(), x.double(), *args).to(y.dtype)
+
+
+def update_case(
+    rows: int, length: int, entries: int, rank: int, top_k: int, popularity: str, device: str
+) -> Case:
+    """Rows of `length` tokens; one is decoding."""
+    copies = copies_for(rows, top_k, rank, FEATURES, device) if length == 1 and entries <= 256 else 1
+    pools = [Pool(entries, rank, FEATURES, device) for _ in range(copies)]
+    indices, weights = pools[0].pick(rows, top_k, popularity)
+    generator = torch.Generator(device).manual_seed(3)
+    tokens = rows * length
+    x, y = (torch.randn(tokens, FEATURES, generator=generator, device=device) for _ in range(2))
+    right = near(exact_update(pools[0], x, y, indices, weights), TOLERANCE[x.dtype])
+    args = [pool.arguments(indices, weights) for pool in pools]
+    out = y.clone()
+
+    def ours(i):
+        return ops.mixture(out.copy_(y), x, *args[i])
+
+    gathered = "gathered" if length == 1 else "gathered_tokens"
+
+    def dense(i):
+        offset = pools[i].offset(indices[0], weights[0])
+        return y[:length] + x[:length] @ offset.T
+
+    one = near(exact_update(pools[0], x[:length], y[:length], indices[:1], weights[:1]), TOLERANCE[x.dtype])
+    contenders = [
+        Contender("slm_fast", ours, right),
+        Contender("torch", lambda i: getattr(pools[i], gathered)(x, y, indices, weights), right),
+        Contender("dense", dense, one, scale=rows),
+    ]
+    distinct = indices.unique().numel()
+    axes = dict(rows=rows, length=length, entries=entries, rank=rank, top_k=top_k, popularity=popularity)
+    axes |= {"distinct": distinct, "kind": "update"}
+    size = 4 * (2 * distinct * rank * FEATURES + 4 * tokens * FEATURES)
+    name = f"update, {rows} x {length} tokens, {entries:,} entries, r={rank}, K={top_k}, {popularity}"
+    operations = 4 * tokens * top_k * rank * FEATURES
+    return Case("mixture", name, axes, contenders, "slm_fast", size, operations, copies)
+
+
+def flat_case(rows: int, device: str) -> Case:
+    """The same picks out of pools of `FLAT` entries: contenders are the pools, ours the smallest."""
+    pools = {entries: Pool(entries, RANK, FEATURES, device) for entries in FLAT}
+    generator = torch.Generator(device).manual_seed(3)
+    x, y = (torch.randn(rows, FEATURES, generator=generator, device=device) for _ in range(2))
+    out, contenders = y.clone(), []
+    for entries, pool in pools.items():
+        picked = pool.pick(rows, TOP_K, "distinct", among=FLAT[0])
+        args = pool.arguments(*picked)
+        right = near(exact_update(pool, x, y, *picked), TOLERANCE[x.dtype])
+        run = lambda i, args=args: ops.mixture(out.copy_(y), x, *args)  # noqa: E731
+        contenders.append(Contender(f"{entries:,} entries", run, right))
+    axes = {"rows": rows, "distinct": min(FLAT[0], rows * TOP_K), "kind": "flat"}
+    ours = f"{FLAT[0]:,} entries"
+    return Case("mixture", f"pools of {FLAT[0]} to {FLAT[-1]:,} entries, {rows} rows", axes, contenders, ours)
+
+
+def peft_layer(pool: Pool, weight: Tensor, indices: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """PEFT's LoRA layer with the rows' mixtures as adapters: factors side by side, weights folded into B."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(*weight.T.shape, bias=False, device=pool.device)})
+    model["linear"].weight = torch.nn.Parameter(weight, requires_grad=False)
+    rank, names = indices.shape[1] * pool.rank, [f"r{row}" for row in range(len(indices))]
+    for name in names:
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
+        model = inject_adapter_in_model(config, model, adapter_name=name)
+    layer = model["linear"]
+    for row, name in enumerate(names):
+        picks = indices[row].long()
+        A = pool.A.view(pool.entries, pool.rank, -1)[picks].flatten(0, 1)
+        B = pool.B.view(pool.entries, pool.rank, -1)[picks] * weights[row][:, None, None]
+        with torch.no_grad():
+            layer.lora_A[name].weight.copy_(A)
+            layer.lora_B[name].weight.copy_(B.flatten(0, 1).T)
+    layer.eval().requires_grad_(False)
+    return lambda x: layer(x, adapter_names=names)
+
+
+def layer_case(rows: int, device: str) -> Case:
+    pool = Pool(2 * max(rows, 6), RANK, FEATURES, device)
+    indices, weights = pool.pick(rows, TOP_K, "distinct")
+    generator = torch.Generator(device).manual_seed(3)
+    x = torch.randn(rows, FEATURES, generator=generator, device=device)
+    weight = torch.randn(FEATURES, FEATURES, generator=generator, device=device) / FEATURES**0.5
+    y = F.linear(x, weight)
+    right, args = near(exact_update(pool, x, y, indices, weights), 1e-4), pool.arguments(indices, weights)
+
+    def dense(_):
+        return F.linear(x[:1], weight + pool.offset(indices[0], weights[0]))
+
+    one = near(exact_update(pool, x[:1], y[:1], indices[:1], weights[:1]), 1e-4)
+    contenders = [
+        Contender("frozen", lambda _: F.linear(x, weight), near(y, 1e-4)),
+        Contender("slm_fast", lambda _: ops.mixture(F.linear(x, weight), x, *args), right),
+        Contender("torch", lambda _: pool.gathered(x, F.linear(x, weight), indices, weights), right),
+        Contender("dense", dense, one, scale=rows),
+    ]
+    skipped = {}
+    try:
+        layer = peft_layer(pool, weight, indices, weights)
+        contenders.append(Contender("peft", lambda _: layer(x[:, None])[:, 0], right))
+    except ImportError as error:
+        skipped["peft"] = f"{error}: pip install 'slm_fast[bench]'"
+    axes = {"rows": rows, "length": 1, "kind": "layer", "rank": RANK, "top_k": TOP_K}
+    size = 4 * (FEATURES**2 + 2 * rows * TOP_K * RANK * FEATURES + 2 * rows * FEATURES)
+    operations = 2 * rows * (FEATURES**2 + 2 * TOP_K * RANK * FEATURES)
+    name = f"layer, {rows} rows"
+    return Case("mixture", name, axes, contenders, "slm_fast", size, operations, skipped=skipped)
+
+
+def step_case(rows: int, length: int, device: str) -> Case:
+    """Forward and backward: dx, and dA, dB of the task's four entries."""
+    top_k, owned_entries = 4, 4
+    pool = Pool(2 * owned_entries, RANK, FEATURES, device)
+    owned = (owned_entries * RANK, 2 * owned_entries * RANK)
+    generator = torch.Generator(device).manual_seed(3)
+    x = torch.randn(rows * length, FEATURES, generator=generator, device=device).requires_grad_()
+    y, dy = (torch.randn(rows * length, FEATURES, generator=generator, device=device) for _ in range(2))
+    indices = (
+        torch.stack([torch.randperm(owned_entries) + owned_entries for _ in range(rows)]).int().to(device)
+    )
+    weights = torch.rand(rows, top_k, generator=generator, device=device).softmax(-1)
+    args = (pool.start, pool.ranks, pool.scaling, indices, weights)
+    A_owned, B_owned = (torch.nn.Parameter(t[owned[0] : owned[1]].clone()) for t in (pool.A, pool.B))
+    A_all, B_all = (t.clone().requires_grad_() for t in (pool.A, pool.B))
+
+    def grads(out, A, B):
+        dx, dA, dB = torch.autograd.grad(out, (x, A, B), dy)
+        if len(dA) != len(A_owned):
+            dA, dB = dA[owned[0] : owned[1]], dB[owned[0] : owned[1]]
+        return torch.cat([t.flatten() for t in (out.detach(), dx, dA, dB)])
+
+    def ours(_):
+        options = dict(A_owned=A_owned, B_owned=B_owned, owned=owned)
+        return grads(ops.mixture(y.clone(), x, pool.A, pool.B, *args, **options), A_owned, B_owned)
+
+    def gathered(_):
+        A = A_all.view(pool.entries, RANK, -1)[indices.long()].flatten(1, 2)
+        B = B_all.view(pool.entries, RANK, -1)[indices.long()] * weights[..., None, None]
+        u = torch.bmm(x.view(rows, length, -1), A.mT)
+        out = torch.baddbmm(y.view(rows, length, -1), u, B.flatten(1, 2)).view_as(y)
+        return grads(out, A_all, B_all)
+
+    exact = grads(reference.mixture(y.clone(), x, A_all, B_all, *args), A_all, B_all)
+    contenders = [
+        Contender("slm_fast", ours, near(exact, TOLERANCE[x.dtype])),
+        Contender("torch", gathered, near(exact, TOLERANCE[x.dtype])),
+    ]
+    axes = {"rows": rows, "length": length, "kind": "step", "rank": RANK, "top_k": top_k}
+    size = 4 * rows * length * FEATURES * 7
+    operations = 12 * rows * length * top_k * RANK * FEATURES
+    name = f"forward and backward, {rows} x {length} tokens, r={RANK}, K={top_k}"
+    return Case("mixture", name, axes, contenders, "slm_fast", size, operations)
+
+
+def cases(quick: bool, device: str) -> Iterator[Case]:
+    """Decoding over rows, ranks, K and popularity; prefill; steps; layers; pools of all sizes."""
+    decode = [
+        (rows, 64, RANK, TOP_K, "distinct")
+        for rows in ((1, 8, 32) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256))
+    ]
+    decode += [(8, 64, rank, TOP_K, "distinct") for rank in ((64,) if quick else (1, 4, 16, 32, 64))]
+    decode += [(8, 64, RANK, k, "distinct") for k in ((4,) if quick else (1, 4, 8))]
+    popular = ("zipf",) if quick else POPULARITY[1:]
+    decode += [(32, 64, RANK, TOP_K, popularity) for popularity in popular]
+    for rows, entries, rank, top_k, popularity in decode:
+        yield update_case(rows, 1, entries, rank, top_k, popularity, device)
+    for rows, length in ((8, 128),) if quick else ((1, 128), (8, 32), (8, 128), (8, 512)):
+        yield update_case(rows, length, 64, RANK, TOP_K, "distinct", device)
+    yield flat_case(8, device)
+    for rows in (8,) if quick else (1, 8, 32):
+        yield layer_case(rows, device)
+    for rows, length in ((8, 128),) if quick else ((8, 32), (8, 128), (32, 128)):
+        yield step_case(rows, length, device)
+
+
+def targets(records: list[dict], ceilings: dict) -> list[dict]:
+    """What the section has to reach on a CPU."""
+    rows = []
+    for record in records:
+        axes, found = record["axes"], record["contenders"]
+        if (
+            axes["kind"] == "update"
+            and (axes["rows"], axes["length"]) == (32, 1)
+            and axes["popularity"] == "distinct"
+        ):
+            reached = found["torch"]["ratio"]
+            what = "mixture, decoding, 32 distinct rows: gather and bmm / slm_fast"
+            rows.append({"what": what, "reached": reached, "wanted": ">= 3", "holds": reached >= 3})
+        if axes["kind"] == "flat":
+            reached = max(contender["ratio"] for contender in found.values())
+            what = f"mixture, {record['case']}: dearest / {FLAT[0]} entries"
+            rows.append({"what": what, "reached": reached, "wanted": "<= 1.1", "holds": reached <= 1.1})
+    return rows

@@ -1,0 +1,155 @@
+"""Whole models: prefill, decoding, time to first token, memory and a training step.
+
+Contenders are those of `contenders.py` (`dense` answers one row, its time counts for all), verified against
+an fp32 copy. SmolLM2-135M, all linears, every row its own mixture; in full mode also two layers of
+LLaMA-2-7B's shape.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+
+import bench_memory
+import bench_training
+import contenders as common
+import torch
+from bench_decode import Decoder
+from contenders import ENTRIES, RANK, TARGETS, TOP_K
+from torch import nn
+
+from suite.cases import Case, Contender, Effort, measure
+from suite.machine import natural_dtype
+
+OURS, FLOOR = "on", "frozen"
+
+
+def read_bytes(base: nn.Module, added: int) -> int:
+    """Of one step: every weight once (embeddings as the rows looked up, nearly nothing), and the entries."""
+    embedding = base.get_input_embeddings().weight
+    tied = base.get_output_embeddings().weight is embedding
+    weights = sum(p.nbytes for p in base.parameters()) - (0 if tied else embedding.nbytes)
+    return weights + added
+
+
+def factor_features(model) -> int:
+    return sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
+
+
+def contenders_of(calls: dict[str, Callable], rows: int) -> list[Contender]:
+    return [
+        Contender(name, lambda _, call=call: call(), scale=rows if name == "dense" else 1.0)
+        for name, call in calls.items()
+    ]
+
+
+def decode_case(name: str, base: nn.Module, rows: int) -> Case:
+    """In bf16. Where the CPU does not multiply bf16, the frozen model in fp32 takes part too."""
+    vocab = base.config.vocab_size
+    model, routing, forwards = common.make_contenders(base, TARGETS["all"], ENTRIES[name], rows)
+    decoders = {key: Decoder(call, 1 if key == "dense" else rows, vocab) for key, call in forwards.items()}
+    got = {key: decoder.read_prompt() for key, decoder in decoders.items()}
+    exact = [Decoder(common.exact_forward(model, r), rows, vocab).read_prompt() for r in (routing, None)]
+    common.verify(got, *exact)
+    if natural_dtype() != base.dtype:
+        decoders["frozen fp32"] = Decoder(copy.deepcopy(base).float(), rows, vocab)
+        decoders["frozen fp32"].read_prompt()
+    distinct, features = common.distinct_entries(routing), factor_features(model)
+    size = read_bytes(base, distinct * RANK * features * 2)
+    weights = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear))
+    operations = 2 * rows * (weights + TOP_K * RANK * features)
+    axes = {"kind": "decode", "model": name, "rows": rows, "entries": ENTRIES[name], "distinct": distinct}
+    axes["dtype"] = str(base.dtype).removeprefix("torch.")
+    return Case(
+        "model", f"decode, {name}, {rows} rows", axes, contenders_of(decoders, rows), OURS, size, operations
+    )
+
+
+def prefill_case(name: str, base: nn.Module, rows: int, tokens: int) -> Case:
+    """Also the time to first token: the logits of the last one are the first answer's."""
+    model, routing, forwards = common.make_contenders(base, TARGETS["all"], ENTRIES[name], rows)
+    prompt = common.make_prompt(base.config.vocab_size, rows, tokens)
+
+    def call(forward, ids):
+        @torch.inference_mode()
+        def run():
+            return forward(input_ids=ids, logits_to_keep=1).logits[:, -1]
+
+        return run
+
+    calls = {key: call(f, prompt[:1] if key == "dense" else prompt) for key, f in forwards.items()}
+    exact = [call(common.exact_forward(model, r), prompt)() for r in (routing, None)]
+    common.verify({key: run().float() for key, run in calls.items()}, *exact)
+    head = base.get_output_embeddings()
+    linears = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
+    mixture = TOP_K * RANK * factor_features(model)
+    attention = base.config.num_hidden_layers * base.config.hidden_size * tokens
+    operations = 2 * rows * (tokens * (linears + mixture + attention) + head.weight.numel())
+    axes = {"kind": "prefill", "model": name, "rows": rows, "tokens": tokens}
+    axes["dtype"] = str(base.dtype).removeprefix("torch.")
+    entries = common.distinct_entries(routing) * RANK * factor_features(model)
+    size = read_bytes(base, entries * base.dtype.itemsize)
+    case_name = f"prefill, {name}, {rows} x {tokens} tokens"
+    return Case("model", case_name, axes, contenders_of(calls, rows), OURS, size, operations)
+
+
+def step_case(name: str, rows: int, tokens: int, contenders: tuple[str, ...]) -> Case:
+    """A training step, fp32, all linears; `engine` is ours."""
+    setting = {"model": name, "dtype": "fp32", "targets": "all", "checkpointing": "off"}
+    base, targets = bench_training.make_base(name, torch.float32), TARGETS["all"]
+    ids = bench_training.make_ids(base, rows, tokens)
+    bench_training.verify(base, targets, ids[:4, :32], False)
+    steps = {key: bench_training.make_step(key, base, targets, ids, False) for key in contenders}
+    axes = {"kind": "step", "rows": rows, "tokens": tokens} | setting
+    runs = [Contender(key, lambda _, step=step: step()) for key, step in steps.items()]
+    return Case("model", f"training step, {name}, {rows} x {tokens} tokens", axes, runs, "engine")
+
+
+def memory_record(name: str, rows: int, rounds: int, repeats: int) -> dict:
+    """Resident bytes above the frozen model's, of processes of their own; see `bench_memory.py`."""
+    found = bench_memory.measure(name, "all", rows, rounds, repeats)
+    numbers = {
+        key: {"memory_bytes": c["above_frozen"], "peak_bytes": c["peak"], "pool_bytes": c["pool"]}
+        for key, c in found["contenders"].items()
+    }
+    axes = {"kind": "memory", "model": name, "rows": rows}
+    record = {"section": "model", "case": f"memory, {name}, {rows} rows", "axes": axes, "ours": OURS}
+    return record | {"bytes": None, "operations": None, "clock": "none", "contenders": numbers}
+
+
+def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
+    """On a CPU. `bench_gpu_ops.py` measures the linears of a model on a GPU."""
+    if device != "cpu":
+        return
+    for name in ("smol",) if quick else ("smol", "7b"):
+        base = common.make_base(name)
+        for rows in (1, 8) if quick else (1, 8, 16, 32):
+            yield tokens_per_second(measure(decode_case(name, base, rows), effort))
+        base = base.to(natural_dtype())
+        for rows, tokens in ((1, 128),) if quick else ((1, 128), (8, 128), (8, 512)):
+            yield tokens_per_second(measure(prefill_case(name, base, rows, tokens), effort))
+        if not quick:
+            yield memory_record(name, 16, 10, 3)
+    contenders = ("frozen", "engine", "peft", "dense")
+    yield tokens_per_second(measure(step_case("wide", *((4, 32) if quick else (8, 128)), contenders), effort))
+
+
+def tokens_per_second(record: dict) -> dict:
+    """The record, with the tokens that each contender reads or makes in a second."""
+    tokens = record["axes"]["rows"] * record["axes"].get("tokens", 1)
+    for found in record["contenders"].values():
+        if "seconds" in found:
+            found["tokens_per_second"] = tokens / found["seconds"]
+    return record
+
+
+def targets(records: list[dict], ceilings: dict) -> list[dict]:
+    """Of the training step alone; decoding and prefill have their targets in their own scripts."""
+    rows = []
+    for record in records:
+        if record["axes"]["kind"] == "step" and math.isfinite(
+            record["contenders"]["peft"].get("ratio", math.nan)
+        ):
+            reached = 1 / record["contenders"]["peft"]["ratio"]
+            what = f"model, {record['case']}: ours / PEFT"
+            rows.append({"what": what, "reached": reached, "wanted": "<= 1.05", "holds": reached <= 1.05})
+    return rows

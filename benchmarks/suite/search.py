@@ -1,0 +1,220 @@
+"""Key search against FAISS and PyTorch: the `top_k` best of P keys for B queries.
+
+Keys are those of P / 4 tasks: four near-duplicates around a random direction each, as a task's entries are;
+queries lie around tasks too. Exact contenders must find the exact best scores; of FAISS's HNSW and IVF, which
+may miss some, the recall is given. All indexes are built before.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from slm_fast import ops
+from suite.cases import Case, Contender
+from suite.machine import available_bytes, cache_bytes
+
+DIM, TOP_K, ENTRIES = 384, 4, 4
+TASK_NOISE, QUERY_NOISE = 0.3, 1.0  # of a key, a query around its task's direction, whose norm is 1
+TOLERANCE = 1e-5
+HNSW_LINKS, HNSW_SEARCH = 32, 64
+PEERS = ("faiss flat", "faiss hnsw", "faiss ivf")
+CHUNK = 1 << 18
+FIT_FROM = 100_000  # keys from which on time must grow by the bytes
+WIDE = 7 * DIM  # a query of MiniLM's embeddings and six layers
+
+
+def make_keys(num_keys: int, dim: int, device: str, dtype=torch.float32) -> Tensor:
+    """[P, dim], made in parts."""
+    generator = torch.Generator(device).manual_seed(0)
+    keys = torch.empty(num_keys, dim, dtype=dtype, device=device)
+    for part in keys.split(CHUNK):
+        tasks = torch.randn(math.ceil(len(part) / ENTRIES), dim, generator=generator, device=device)
+        noise = torch.randn(len(part), dim, generator=generator, device=device)
+        made = tasks.repeat_interleave(ENTRIES, 0)[: len(part)] + TASK_NOISE * noise
+        part.copy_(made / made.norm(dim=1, keepdim=True))
+    return keys
+
+
+def make_queries(keys: Tensor, num_queries: int) -> Tensor:
+    generator = torch.Generator(keys.device).manual_seed(1)
+    near = torch.randint(len(keys), (num_queries,), generator=generator, device=keys.device)
+    noise = torch.randn(num_queries, keys.shape[1], generator=generator, device=keys.device)
+    query = keys[near].float() + QUERY_NOISE * noise / keys.shape[1] ** 0.5
+    return query / query.norm(dim=1, keepdim=True)
+
+
+def best_scores(query: Tensor, keys: Tensor) -> Tensor:
+    """[B, top_k] fp64, the exact ones."""
+    best = query.new_full((len(query), TOP_K), -torch.inf, dtype=torch.float64)
+    for part in keys.split(CHUNK):
+        scores = (query @ part.float().T).topk(min(TOP_K + 4, len(part)))  # in fp32, then those in fp64
+        exact = torch.einsum("bkd,bd->bk", part[scores.indices].double(), query.double())
+        best = torch.cat([best, exact], 1).topk(TOP_K).values
+    return best
+
+
+class Checked:
+    """Judges (indices) by the exact scores of what they name."""
+
+    def __init__(self, query: Tensor, keys: Tensor) -> None:
+        self.query, self.keys, self.best = query, keys, best_scores(query, keys)
+
+    def hits(self, indices: Tensor) -> Tensor:
+        """[B, top_k] bool: the picks that are as good as the last of the exact ones."""
+        picked = self.keys[indices.long().clamp(min=0)].double()
+        scores = torch.einsum("bkd,bd->bk", picked, self.query.double()).masked_fill(indices < 0, -torch.inf)
+        return scores >= self.best[:, -1:] - TOLERANCE
+
+    def exact(self, indices: Tensor) -> str | None:
+        wrong = int((~self.hits(indices)).any(1).sum())
+        distinct = all(len(set(row)) == len(row) for row in indices.tolist())
+        return None if not wrong and distinct else f"wrong top {TOP_K} for {wrong} queries"
+
+    def recall(self, indices: Tensor) -> float:
+        return float(self.hits(indices).float().mean())
+
+
+def as_tensor(found: tuple) -> Tensor:
+    """The indices of what a contender returns: ours, torch's topk or FAISS's."""
+    indices = found[0] if isinstance(found, tuple) and len(found) == 3 else found[1]
+    return torch.as_tensor(indices)
+
+
+def faiss_index(name: str, keys: Tensor):
+    """One of `PEERS` over the keys; the last two are not exact."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    data, (num_keys, dim) = keys.float().numpy(), keys.shape
+    if name == "faiss hnsw":
+        index = faiss.IndexHNSWFlat(dim, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efSearch = HNSW_SEARCH
+    elif name == "faiss ivf":
+        lists = max(1, round(4 * num_keys**0.5))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
+        index.cp.max_points_per_centroid = 64
+        index.train(data)
+        index.nprobe = max(1, lists // 32)
+    else:
+        index = faiss.IndexFlatIP(dim)
+    index.add(data)
+    return index
+
+
+class Problem:
+    """The keys of a number of cases, which differ in their queries.
+
+    cold: copies of the keys in turns, so that they come from memory.  peers: indexes of FAISS to build.
+    """
+
+    def __init__(
+        self,
+        num_keys: int,
+        dim: int,
+        device: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        cold: bool = False,
+        peers: Sequence[str] = ("faiss flat",),
+    ) -> None:
+        size = num_keys * dim * dtype.itemsize
+        self.copies = max(2, math.ceil(2 * cache_bytes(device) / size)) if cold else 1
+        base = make_keys(num_keys, dim, device, dtype)
+        self.keys = [base, *(base.clone() for _ in range(self.copies - 1))]
+        self.codes = [ops.key_codes(keys) if device == "cpu" else None for keys in self.keys]
+        self.cold, self.indexes, self.skipped = cold, {}, {}
+        for name in peers:
+            if device != "cpu":
+                self.skipped[name] = "benchmarks/bench_gpu_ops.py has FAISS on the GPU"
+            elif 2 * self.copies * 4 * num_keys * dim > available_bytes(device):
+                self.skipped[name] = "too little memory for its copy of the keys"
+            else:
+                try:
+                    self.indexes[name] = [faiss_index(name, keys) for keys in self.keys]
+                except ImportError as error:
+                    self.skipped[name] = f"{error}: pip install 'slm_fast[bench]'"
+
+    def case(self, num_queries: int) -> Case:
+        keys, (num_keys, dim) = self.keys, self.keys[0].shape
+        query = make_queries(keys[0], num_queries)
+        checked = Checked(query, keys[0])
+        codes_bytes = self.codes[0].nbytes if self.codes[0] is not None else 0
+        scanned = codes_bytes or keys[0].nbytes
+
+        def ours(i):
+            return ops.key_search(query, keys[i], top_k=TOP_K, codes=self.codes[i])
+
+        def exact(found):
+            return checked.exact(as_tensor(found))
+
+        contenders = [Contender("slm_fast", ours, exact, {"memory_bytes": keys[0].nbytes + codes_bytes})]
+        if self.codes[0] is not None:
+            plain = lambda i: ops.key_search(query, keys[i], top_k=TOP_K)  # noqa: E731
+            contenders.append(Contender("slm_fast, no codes", plain, exact, {"memory_bytes": keys[0].nbytes}))
+        if keys[0].dtype == torch.float32 and num_queries * num_keys <= 1 << 28:
+            contenders.append(Contender("torch", lambda i: (query @ keys[i].T).topk(TOP_K), exact))
+        data = query.cpu().numpy()
+        for name, indexes in self.indexes.items():
+            run = lambda i, indexes=indexes: indexes[i].search(data, TOP_K)  # noqa: E731
+            numbers = {"recall": checked.recall(as_tensor(run(0)))}
+            contenders.append(Contender(name, run, exact if name == "faiss flat" else None, numbers))
+        axes = {"keys": num_keys, "queries": num_queries, "dim": dim, "cache": "cold" if self.cold else "hot"}
+        dtype = str(keys[0].dtype).removeprefix("torch.")
+        name = f"{num_keys:,} keys x {dim} {dtype}, {num_queries} queries" + (", cold" if self.cold else "")
+        operations = 2 * num_keys * dim * num_queries
+        return Case(
+            "search", name, axes, contenders, "slm_fast", scanned, operations, self.copies, self.skipped
+        )
+
+
+def cases(quick: bool, device: str) -> Iterator[Case]:
+    """In quick mode up to 100,000 keys; else up to 10,000,000, those in fp16, as far as memory allows."""
+    graphs = (10_000,) if quick else (1000, 10_000, 100_000)  # of a million keys one takes many minutes
+    queries = (1, 16) if quick else (1, 4, 16, 64, 256)
+    for num_keys in (1000, 10_000, 100_000) if quick else (100, 1000, 10_000, 100_000, 1_000_000):
+        problem = Problem(num_keys, DIM, device, peers=PEERS if num_keys in graphs else PEERS[:1])
+        yield from (problem.case(count) for count in queries)
+        del problem
+    yield Problem(1000, DIM, device, cold=True).case(1)
+    yield Problem(100, WIDE, device).case(1)
+    if not quick and 1.6 * 10_000_000 * DIM * 2 < available_bytes(device):
+        yield Problem(10_000_000, DIM, device, dtype=torch.float16, peers=()).case(1)
+
+
+def growth(records: list[dict]) -> dict | None:
+    """A line through the times of one query of `DIM` fp32 numbers, from `FIT_FROM` keys on: seconds a key,
+    and the bytes per second that this makes. None with fewer than two sizes."""
+    found = [r for r in records if r["axes"]["queries"] == 1 and r["axes"]["cache"] == "hot"]
+    found = [r for r in found if r["axes"]["keys"] >= FIT_FROM / 10 and r["axes"]["dim"] == DIM]
+    points = [(r["axes"]["keys"], r["bytes"], r["contenders"]["slm_fast"]["seconds"]) for r in found]
+    if len(points) < 2:
+        return None
+    (keys0, bytes0, seconds0), (keys1, bytes1, seconds1) = points[0], points[-1]
+    slope = (seconds1 - seconds0) / (keys1 - keys0)
+    return {
+        "seconds_per_key": slope,
+        "bytes_per_second": (bytes1 - bytes0) / (seconds1 - seconds0),
+        "from_keys": keys0,
+        "to_keys": keys1,
+    }
+
+
+def targets(records: list[dict], ceilings: dict) -> list[dict]:
+    """What the section has to reach on a CPU."""
+    rows = []
+    for record in records:
+        axes, flat = record["axes"], record["contenders"].get("faiss flat", {})
+        if axes["dim"] != DIM or axes["cache"] != "hot" or "ratio" not in flat:
+            continue
+        wanted = {1000: 3.0, 100_000: 1.5}.get(axes["keys"]) if axes["queries"] in (1, 16) else None
+        if wanted:
+            what = f"search, {record['case']}: FAISS flat / slm_fast"
+            rows.append({"what": what, "reached": flat["ratio"], "wanted": f">= {wanted}"})
+            rows[-1]["holds"] = flat["ratio"] >= wanted
+    if (line := growth(records)) and "read_bytes_per_second" in ceilings:
+        share = line["bytes_per_second"] / ceilings["read_bytes_per_second"]
+        what = f"search, growth from {line['from_keys']:,} to {line['to_keys']:,} keys / read bandwidth"
+        rows.append({"what": what, "reached": share, "wanted": ">= 0.9", "holds": share >= 0.9})
+    return rows
