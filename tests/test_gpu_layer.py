@@ -12,6 +12,8 @@ from slm_fast.fast_forward import FastPath
 from slm_fast.gpu_layer import GpuLayer
 from slm_fast.layers import Packing
 
+pytest.importorskip("triton")
+
 OPS = ("fused_linear", "segment_linear", "mixture")
 CHECK = dict(rtol=0, atol=2e-5)
 

@@ -7,6 +7,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from slm_fast import ops
 
+pytest.importorskip("triton")
+
 
 def problem(rows, tokens, heads=(4, 2), head=16, dtype=torch.float32, shared=True):
     g = torch.Generator().manual_seed(rows * 100 + tokens)

@@ -1,0 +1,336 @@
+"""The tables of README.md, written from the files in `benchmarks/results/`.
+
+    python benchmarks/readme_tables.py [--check]
+
+What lies between `<!-- results: NAME -->` and `<!-- end -->` is what `TABLES[NAME]` makes of its files, rows
+that lose included, and under it the files, their machine and the command. `--check` writes nothing, names the
+blocks that differ and exits with 1 if there are any; a block that is not known or not closed exits with 2.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"<!-- results: (?P<name>[^>]*?) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
+MISSING = "-"
+
+
+# Reading and writing.
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf8"))
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return MISSING if share is None else f"{100 * share:.{digits}f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine(result: dict) -> str:
+    found = result["machine"]
+    threads = found.get("threads") or result["threads"]
+    counted = f"{found['cores']} cores, {threads} thread{'s' * (threads != 1)}"
+    return f"{counted}, {found['isa']}, torch {found['torch']}"
+
+
+def caption(commands: dict[str, str]) -> str:
+    """The line under a table. commands: of its result files, which are of one machine."""
+    results = {name: load(name) for name in commands}
+    machines = {machine(result) for result in results.values()}
+    if len(machines) > 1:
+        raise ValueError(f"{', '.join(commands)} are of several machines: {'; '.join(sorted(machines))}")
+    files = " and ".join(f"`{name}.json`" for name in commands)
+    made = dict.fromkeys(results[name].get("command", command) for name, command in commands.items())
+    return f"{files}; {machines.pop()}; {' and '.join(f'`{command}`' for command in made)}"
+
+
+def captioned(header: Sequence[str], rows: Iterable[Sequence[str]], commands: dict[str, str]) -> str:
+    return f"{table(header, rows)}\n\n{caption(commands)}"
+
+
+def command(script: str, records: Sequence[dict], *options: str) -> str:
+    """The command that measures `records`: their values of `options`."""
+    parts = [f"python benchmarks/{script}.py"]
+    for option in options:
+        parts += [f"--{option}", *dict.fromkeys(str(record[option]) for record in records)]
+    return " ".join(parts)
+
+
+# The tables.
+
+
+def five_tasks() -> str:
+    """Accuracy after the last task, by task, in the mean over the orders."""
+    runs = load("continual")["runs"]
+    tasks = runs["bert5"][0]["tasks"]
+    told = "slm_fast, told the task"
+    methods = [
+        ('slm_fast, no task id, `init="twin"`', "bert5_twin", "slm"),
+        (f'{told}, `init="twin"`', "bert5_twin", "oracle"),
+        ("slm_fast, no task id", "bert5", "slm"),
+        (told, "bert5", "oracle"),
+        (
+            "the authors' retrieval on the same weights, averaged over batches of one task",
+            "bert5_batch",
+            "batch",
+        ),
+        ("one LoRA trained on all tasks at once, told the task's head", "bert5", "joint"),
+    ]
+    rows = []
+    for title, protocol, method in methods:
+        found = [run["methods"][method] for run in runs[protocol]]
+        last = [
+            dict(zip(r["tasks"], f["matrix"][-1], strict=True))
+            for r, f in zip(runs[protocol], found, strict=True)
+        ]
+        forgotten = [f["forgetting"] for f in found]
+        scores = [percent(mean(scores[task] for scores in last)) for task in tasks]
+        average = percent(mean(f["average_accuracy"] for f in found))
+        forgetting = MISSING if None in forgotten else percent(mean(forgotten), 2)
+        rows.append([title, *scores, average, forgetting, str(len(found))])
+    header = ["after the last task, %", *tasks, "average", "forgetting", "orders"]
+    made = f"python benchmarks/bench_continual.py {' '.join(runs)}"
+    return captioned(header, rows, {"continual": made})
+
+
+def of_benchmark(name: str, benchmark: str) -> dict:
+    return next(found for found in load(name)["results"] if found["benchmark"] == benchmark)
+
+
+def routing_means(found: dict) -> list[str]:
+    """Over the tasks; then the same with tasks of equal labels as one."""
+    return [percent(mean(found[key].values())) for key in ("accuracy", "merged")]
+
+
+def cost(found: dict) -> list[str]:
+    return [f"{found['bytes'] / 1e6:.1f}", f"{found['milliseconds']:.2f}"]
+
+
+def routing_of_five_tasks() -> str:
+    """The share of test texts, of each task, whose largest mass is on it."""
+    retrievals = of_benchmark("routing_bert5", "bert5")["retrievals"]
+    rows = [
+        [found["retrieval"], *map(percent, found["accuracy"].values()), *routing_means(found), *cost(found)]
+        for found in retrievals
+    ]
+    tasks = retrievals[0]["accuracy"]
+    header = ["routing accuracy, %", *tasks, "mean", "yelp = amazon", "MB", "ms a query"]
+    made = {"routing_bert5": "python benchmarks/bench_routing.py --benchmark bert5"}
+    return captioned(header, rows, made)
+
+
+def coverage() -> str:
+    """The calibrated floor: own texts kept, and the share of each probe's texts on the frozen model."""
+    floors = of_benchmark("routing_bert5", "bert5")["floors"]
+    rows = [
+        [f"{found['coverage']:.2f}", percent(mean(found["kept"].values()))]
+        + [percent(share, 0) for share in found["frozen"].values()]
+        for found in floors
+    ]
+    header = ["`coverage`", "own texts kept, %", *floors[0]["frozen"]]
+    made = {"routing_bert5": "python benchmarks/bench_routing.py --benchmark bert5"}
+    return captioned(header, rows, made)
+
+
+def routing_of_25_tasks() -> str:
+    rows = []
+    for found in of_benchmark("routing_all25", "all25")["retrievals"]:
+        worst = min(found["accuracy"], key=found["accuracy"].get)
+        lowest = f"{worst} {percent(found['accuracy'][worst])}"
+        rows.append([found["retrieval"], *routing_means(found), lowest, *cost(found)])
+    header = ["routing accuracy, %", "mean of 25", "equal labels as one", "lowest", "MB", "ms a query"]
+    made = {"routing_all25": "python benchmarks/bench_routing.py --benchmark all25"}
+    return captioned(header, rows, made)
+
+
+def step_cells(record: dict, bound: str) -> list[str]:
+    """Times of the contenders, what the pool adds, by how much that is uncertain, and the bound beside it."""
+    times, quartiles = record["milliseconds"], record["quartiles"]
+    noise = sum(quartiles[name] / times[name] for name in ("on", "off")) / 2
+    added = [f"{record['added_percent']:+.1f}%", f"{percent(noise)}%", f"{record[bound]:.1f}%"]
+    shown = [milliseconds(times[name]) for name in ("frozen", "off", "on", "peft", "dense")]
+    return [*shown[:3], *added, *shown[3:]]
+
+
+def step_header(first: str, bound: str) -> list[str]:
+    ours = ["slm_fast, pool off", "pool on", "added", "noise", bound]
+    return [first, "frozen model", *ours, "PEFT `adapter_names`", "the authors' method"]
+
+
+def decoding_on(*names: str) -> str:
+    rows, commands = [], {}
+    for name in names:
+        records = load(name)["results"]
+        commands[name] = command("bench_decode", records, "model", "targets", "rows")
+        for record in (r for r in records if r["targets"] == "all"):
+            title = f"{record['model']}, {record['rows']} row{'s' * (record['rows'] != 1)}"
+            rows.append([title, *step_cells(record, "floor_percent")])
+    return captioned(step_header("ms a step", "floor"), rows, commands)
+
+
+def decoding() -> str:
+    """All linears adapted, a table for each machine."""
+    machines = ("cpu_decode_smol", "cpu_decode_7b"), ("cpu_avx2_decode_smol", "cpu_avx2_decode_7b")
+    return "\n\n".join(decoding_on(*names) for names in machines)
+
+
+def prefill() -> str:
+    records = load("cpu_prefill_smol")["results"]
+    rows = []
+    for record in records:
+        linears = {"all": "all linears"}.get(record["targets"], f"`{record['targets']}`")
+        title = f"{record['model']}, {record['rows']} x {record['tokens']} tokens, {linears}"
+        rows.append([title, *step_cells(record, "share_percent")])
+    made = {"cpu_prefill_smol": command("bench_prefill", records, "model", "targets", "rows", "tokens")}
+    return captioned(step_header("ms a batch", "operations"), rows, made)
+
+
+def memory_of(name: str) -> str:
+    records = load(name)["results"]
+    titles = {
+        "frozen": "frozen model",
+        "off": "slm_fast, pool off",
+        "on": "slm_fast, pool on",
+        "peft": "PEFT `adapter_names`",
+        "dense": "the authors' method",
+    }
+    rows = []
+    for record in records:
+        for key, found in record["contenders"].items():
+            above, pool, peak, loading = (found[k] for k in ("above_frozen", "pool", "peak", "loading_peak"))
+            cells = [f"{size / 1e6:,.0f}" for size in (above, peak, loading)]
+            over = [f"{pool / 1e6:,.0f}", f"{100 * (above / pool - 1):+.1f}%"] if pool else [MISSING] * 2
+            title = f"{record['model']}, {record['rows']} rows, {titles[key]}"
+            rows.append([title, cells[0], *over, *cells[1:], f"{found['tokens_per_second']:,.1f}"])
+    header = [
+        "MB resident",
+        "above the frozen model",
+        "pool",
+        "over the pool",
+        "peak",
+        "while loading",
+        "tokens/s",
+    ]
+    made = {name: command("bench_memory", records, "model", "targets", "rows")}
+    return captioned(header, rows, made)
+
+
+def memory() -> str:
+    return "\n\n".join(map(memory_of, ("cpu_memory_smol", "cpu_avx2_memory_7b")))
+
+
+def training_step() -> str:
+    records = load("cpu_avx2_training_wide")["results"]
+    titles = {
+        "frozen": "frozen model, forward and backward",
+        "engine": "slm_fast, a mixture for each row",
+        "peft": "PEFT's LoRA, rank 16 (a mixture of two has that)",
+        "peft_r": "PEFT's LoRA, rank 8",
+        "dense": "the authors' dense offsets, one mixture for the batch",
+        "dense_rows": "the same, a mixture for each row",
+    }
+    rows = []
+    for record in records:
+        ratios, sizes = record["over_engine"], record["memory"]
+        for key, time in record["milliseconds"].items():
+            cells = [milliseconds(time), f"{ratios[key]:.2f}", f"{sizes[key] / 1e6:,.0f}"]
+            rows.append([titles[key], *cells])
+    options = ("model", "dtype", "targets", "checkpointing", "rows", "tokens")
+    made = {"cpu_avx2_training_wide": command("bench_training", records, *options)}
+    header = ["a training step", "ms", "times slm_fast's", "MB above the frozen model"]
+    return captioned(header, rows, made)
+
+
+def cpu_ops() -> str:
+    """Times, and those of the others as multiples of ours."""
+
+    def cell(seconds: dict[str, float], *names: str) -> str:
+        for name in set(names) & set(seconds):
+            value = seconds[name]
+            time = f"{1e6 * value:,.0f} us" if value < 1e-3 else f"{1e3 * value:,.1f} ms"
+            return time if name == "slm_fast" else f"{time} ({value / seconds['slm_fast']:.1f}x)"
+        return MISSING
+
+    columns = {"slm_fast": ("slm_fast",), "PyTorch": ("torch", "autograd"), "FAISS flat": ("faiss",)}
+    rows = [
+        [record["name"], *(cell(record["seconds"], *names) for names in columns.values())]
+        for record in load("cpu_ops")["results"]
+    ]
+    made = {"cpu_ops": "python benchmarks/bench_cpu_ops.py"}
+    return captioned(["op", *columns], rows, made)
+
+
+TABLES = {
+    "five tasks": five_tasks,
+    "routing of five tasks": routing_of_five_tasks,
+    "coverage": coverage,
+    "routing of 25 tasks": routing_of_25_tasks,
+    "training step": training_step,
+    "CPU ops": cpu_ops,
+    "decoding": decoding,
+    "prefill": prefill,
+    "memory": memory,
+}
+
+
+# The blocks.
+
+
+def rewritten(text: str) -> tuple[str, list[str]]:
+    """`text` with its blocks as the results say, and the names of those that were different."""
+    blocks = [*BLOCK.finditer(text)]
+    if any("<!-- results:" in block["body"] for block in blocks) or len(blocks) != text.count(
+        "<!-- results:"
+    ):
+        raise ValueError("a block of results has no <!-- end -->")
+    if unknown := {block["name"] for block in blocks} - set(TABLES):
+        raise ValueError(f"no table is called {min(unknown)!r}; there are {', '.join(TABLES)}")
+    differing = []
+
+    def replaced(block: re.Match) -> str:
+        body = TABLES[block["name"]]() + "\n"
+        if body != block["body"]:
+            differing.append(block["name"])
+        return f"<!-- results: {block['name']} -->\n{body}<!-- end -->"
+
+    return BLOCK.sub(replaced, text), differing
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a block differs")
+    args = parser.parse_args(argv)
+    try:
+        text, differing = rewritten(README.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        print(f"readme_tables: {error}", file=sys.stderr)
+        return 2
+    if not args.check:
+        README.write_text(text, encoding="utf8")
+    for name in differing:
+        print(f"{'differs' if args.check else 'rewritten'}: {name}")
+    return int(args.check and bool(differing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
