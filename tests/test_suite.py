@@ -291,3 +291,28 @@ def test_the_small_cases_run_under_pytest():
     done = subprocess.run([*command, "--benchmark-disable"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     assert " passed" in done.stdout
+
+
+def test_a_mixture_as_one_adapter_a_row():
+    from suite import mixture, peers
+
+    pool = mixture.Pool(16, 4, 576, "cpu")
+    indices, weights = pool.pick(5, 3, "uniform")
+    x, y = mixture.normal(2, 5, 576, device="cpu")
+    A, B = peers.folded(pool, indices, weights)
+    assert A.shape == (5, 12, 576) and B.shape == (5, 576, 12)
+    got = y + torch.bmm(B, torch.bmm(A, x[:, :, None])).squeeze(2)
+    torch.testing.assert_close(got, mixture.exact_update(pool, x, y, indices, weights), atol=1e-4, rtol=1e-4)
+
+
+def test_a_peer_that_cannot_be_built_is_named(monkeypatch):
+    from suite import peers
+
+    def changed(*_):
+        raise TypeError("meta_args() missing an argument")
+
+    monkeypatch.setattr(
+        peers, "UPDATES", {"json": lambda *_: "update", "csv": changed, "no_such_peer": changed}
+    )
+    found = list(peers.installed_updates())
+    assert found == [("json", "update", ""), ("csv", None, "TypeError: meta_args() missing an argument")]

@@ -20,6 +20,7 @@ from torch import Tensor
 from slm_fast import ops, reference
 from suite.cases import Case, Contender, near
 from suite.machine import cache_bytes
+from suite.peers import installed_updates
 
 FEATURES, TOP_K, RANK = 576, 2, 8  # SmolLM2-135M's width
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -27,18 +28,23 @@ POPULARITY = ("distinct", "uniform", "zipf", "identical")
 FLAT = (12, 100, 1000, 10_000)  # entries of pools that a batch with the same picks must not feel
 
 
+def dtype_of(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def normal(*shape: int, device: str, seed: int = 3) -> Tensor:
+    """Random numbers in the device's dtype."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype_of(device))
+
+
 class Pool:
     """`entries` of one rank for a linear, and what rows of a batch pick of them."""
 
-    def __init__(self, entries: int, rank: int, features: int, device: str, dtype=torch.float32) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape, scale):
-            return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
-
+    def __init__(self, entries: int, rank: int, features: int, device: str) -> None:
         self.entries, self.rank, self.features, self.device = entries, rank, features, device
-        self.A = normal(entries * rank, features, scale=features**-0.5)
-        self.B = normal(entries * rank, features, scale=1.0)
+        self.A = normal(entries * rank, features, device=device, seed=0) * features**-0.5
+        self.B = normal(entries * rank, features, device=device, seed=1)
         self.ranks = torch.full((entries,), rank, dtype=torch.int32, device=device)
         self.start = (self.ranks.cumsum(0) - self.ranks).int()
         self.scaling = torch.ones(entries, device=device)
@@ -104,9 +110,8 @@ def update_case(
     copies = copies_for(rows, top_k, rank, FEATURES, device) if length == 1 and entries <= 256 else 1
     pools = [Pool(entries, rank, FEATURES, device) for _ in range(copies)]
     indices, weights = pools[0].pick(rows, top_k, popularity)
-    generator = torch.Generator(device).manual_seed(3)
     tokens = rows * length
-    x, y = (torch.randn(tokens, FEATURES, generator=generator, device=device) for _ in range(2))
+    x, y = normal(2, tokens, FEATURES, device=device)
     right = near(exact_update(pools[0], x, y, indices, weights), TOLERANCE[x.dtype])
     args = [pool.arguments(indices, weights) for pool in pools]
     out = y.clone()
@@ -126,20 +131,27 @@ def update_case(
         Contender("torch", lambda i: getattr(pools[i], gathered)(x, y, indices, weights), right),
         Contender("dense", dense, one, scale=rows),
     ]
+    skipped = {}
+    for peer, run, why in (
+        installed_updates(pools[0], x, y, indices, weights) if length == 1 and x.is_cuda else ()
+    ):
+        if run is None:
+            skipped[peer] = why
+        else:
+            contenders.append(Contender(peer, run, right))
     distinct = indices.unique().numel()
     axes = dict(rows=rows, length=length, entries=entries, rank=rank, top_k=top_k, popularity=popularity)
     axes |= {"distinct": distinct, "kind": "update"}
-    size = 4 * (2 * distinct * rank * FEATURES + 4 * tokens * FEATURES)
+    size = x.element_size() * (2 * distinct * rank * FEATURES + 4 * tokens * FEATURES)
     name = f"update, {rows} x {length} tokens, {entries:,} entries, r={rank}, K={top_k}, {popularity}"
     operations = 4 * tokens * top_k * rank * FEATURES
-    return Case("mixture", name, axes, contenders, "slm_fast", size, operations, copies)
+    return Case("mixture", name, axes, contenders, "slm_fast", size, operations, copies, skipped)
 
 
 def flat_case(rows: int, device: str) -> Case:
     """The same picks out of pools of `FLAT` entries: contenders are the pools, ours the smallest."""
     pools = {entries: Pool(entries, RANK, FEATURES, device) for entries in FLAT}
-    generator = torch.Generator(device).manual_seed(3)
-    x, y = (torch.randn(rows, FEATURES, generator=generator, device=device) for _ in range(2))
+    x, y = normal(2, rows, FEATURES, device=device)
     out, contenders = y.clone(), []
     for entries, pool in pools.items():
         picked = pool.pick(rows, TOP_K, "distinct", among=FLAT[0])
@@ -166,7 +178,7 @@ def peft_layer(pool: Pool, weight: Tensor, indices: Tensor, weights: Tensor) -> 
     for row, name in enumerate(names):
         picks = indices[row].long()
         A = pool.A.view(pool.entries, pool.rank, -1)[picks].flatten(0, 1)
-        B = pool.B.view(pool.entries, pool.rank, -1)[picks] * weights[row][:, None, None]
+        B = pool.B.view(pool.entries, pool.rank, -1)[picks] * weights[row][:, None, None].to(pool.B.dtype)
         with torch.no_grad():
             layer.lora_A[name].weight.copy_(A)
             layer.lora_B[name].weight.copy_(B.flatten(0, 1).T)
@@ -177,18 +189,20 @@ def peft_layer(pool: Pool, weight: Tensor, indices: Tensor, weights: Tensor) -> 
 def layer_case(rows: int, device: str) -> Case:
     pool = Pool(2 * max(rows, 6), RANK, FEATURES, device)
     indices, weights = pool.pick(rows, TOP_K, "distinct")
-    generator = torch.Generator(device).manual_seed(3)
-    x = torch.randn(rows, FEATURES, generator=generator, device=device)
-    weight = torch.randn(FEATURES, FEATURES, generator=generator, device=device) / FEATURES**0.5
+    x = normal(rows, FEATURES, device=device)
+    weight = normal(FEATURES, FEATURES, device=device, seed=4) / FEATURES**0.5
     y = F.linear(x, weight)
-    right, args = near(exact_update(pool, x, y, indices, weights), 1e-4), pool.arguments(indices, weights)
+    right, args = (
+        near(exact_update(pool, x, y, indices, weights), TOLERANCE[x.dtype]),
+        pool.arguments(indices, weights),
+    )
 
     def dense(_):
         return F.linear(x[:1], weight + pool.offset(indices[0], weights[0]))
 
-    one = near(exact_update(pool, x[:1], y[:1], indices[:1], weights[:1]), 1e-4)
+    one = near(exact_update(pool, x[:1], y[:1], indices[:1], weights[:1]), TOLERANCE[x.dtype])
     contenders = [
-        Contender("frozen", lambda _: F.linear(x, weight), near(y, 1e-4)),
+        Contender("frozen", lambda _: F.linear(x, weight), near(y, TOLERANCE[x.dtype])),
         Contender("slm_fast", lambda _: ops.mixture(F.linear(x, weight), x, *args), right),
         Contender("torch", lambda _: pool.gathered(x, F.linear(x, weight), indices, weights), right),
         Contender("dense", dense, one, scale=rows),
@@ -200,7 +214,7 @@ def layer_case(rows: int, device: str) -> Case:
     except ImportError as error:
         skipped["peft"] = f"{error}: pip install 'slm_fast[bench]'"
     axes = {"rows": rows, "length": 1, "kind": "layer", "rank": RANK, "top_k": TOP_K}
-    size = 4 * (FEATURES**2 + 2 * rows * TOP_K * RANK * FEATURES + 2 * rows * FEATURES)
+    size = x.element_size() * (FEATURES**2 + 2 * rows * TOP_K * RANK * FEATURES + 2 * rows * FEATURES)
     operations = 2 * rows * (FEATURES**2 + 2 * TOP_K * RANK * FEATURES)
     name = f"layer, {rows} rows"
     return Case("mixture", name, axes, contenders, "slm_fast", size, operations, skipped=skipped)
@@ -211,9 +225,9 @@ def step_case(rows: int, length: int, device: str) -> Case:
     top_k, owned_entries = 4, 4
     pool = Pool(2 * owned_entries, RANK, FEATURES, device)
     owned = (owned_entries * RANK, 2 * owned_entries * RANK)
-    generator = torch.Generator(device).manual_seed(3)
-    x = torch.randn(rows * length, FEATURES, generator=generator, device=device).requires_grad_()
-    y, dy = (torch.randn(rows * length, FEATURES, generator=generator, device=device) for _ in range(2))
+    x = normal(rows * length, FEATURES, device=device).requires_grad_()
+    y, dy = normal(2, rows * length, FEATURES, device=device, seed=4)
+    generator = torch.Generator(device).manual_seed(5)
     indices = (
         torch.stack([torch.randperm(owned_entries) + owned_entries for _ in range(rows)]).int().to(device)
     )
@@ -234,7 +248,7 @@ def step_case(rows: int, length: int, device: str) -> Case:
 
     def gathered(_):
         A = A_all.view(pool.entries, RANK, -1)[indices.long()].flatten(1, 2)
-        B = B_all.view(pool.entries, RANK, -1)[indices.long()] * weights[..., None, None]
+        B = B_all.view(pool.entries, RANK, -1)[indices.long()] * weights[..., None, None].to(x.dtype)
         u = torch.bmm(x.view(rows, length, -1), A.mT)
         out = torch.baddbmm(y.view(rows, length, -1), u, B.flatten(1, 2)).view_as(y)
         return grads(out, A_all, B_all)
@@ -245,7 +259,7 @@ def step_case(rows: int, length: int, device: str) -> Case:
         Contender("torch", gathered, near(exact, TOLERANCE[x.dtype])),
     ]
     axes = {"rows": rows, "length": length, "kind": "step", "rank": RANK, "top_k": top_k}
-    size = 4 * rows * length * FEATURES * 7
+    size = x.element_size() * rows * length * FEATURES * 7
     operations = 12 * rows * length * top_k * RANK * FEATURES
     name = f"forward and backward, {rows} x {length} tokens, r={RANK}, K={top_k}"
     return Case("mixture", name, axes, contenders, "slm_fast", size, operations)

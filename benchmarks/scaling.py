@@ -1,0 +1,219 @@
+"""The scaling model: bytes, time and memory of each phase, for a model, a pool, a batch and a machine.
+
+    python benchmarks/scaling.py SUITE.json ...               errors against every measured point
+    python benchmarks/scaling.py SUITE.json ... --write       also docs/scaling.md and its plots
+
+Bytes and operations are counted from shapes. What a machine makes of them are a few constants a phase,
+
+    seconds = sum_i constant_i * feature_i,    no constant below zero,
+
+fitted to the machine's own suite result with relative errors. Every point is predicted with constants that
+were fitted to the other points of its phase, so the printed error is one of prediction. Memory is counted
+alone, nothing is fitted. For GPUs, on which nothing was measured, times are datasheet floors (`roofline.py`).
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy
+
+TOLERANCE = 0.15
+STATISTICS_RANK, QUANTILES = 512, 1001  # of a task; `SLMConfig.statistics_rank`, `task_statistics`
+CODE_BYTES = 8  # of a key beside its codes: scale and norm
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, with its adapted linears. `key_value`: width of k and v. `gated`: gate, up and down, else two
+    linears a feed-forward."""
+
+    name: str
+    hidden: int
+    inter: int
+    layers: int
+    key_value: int
+    vocab: int
+    gated: bool = True
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(in_features, out_features) of a layer."""
+        h, kv, i = self.hidden, self.key_value, self.inter
+        feed_forward = [(h, i), (h, i), (i, h)] if self.gated else [(h, i), (i, h)]
+        return [(h, h), (h, kv), (h, kv), (h, h), *feed_forward]
+
+    @property
+    def features(self) -> int:
+        """Numbers of an entry of rank 1: in + out of every linear."""
+        return self.layers * sum(i + o for i, o in self.linears)
+
+    @property
+    def weights(self) -> int:
+        """Of the linears and the head."""
+        return self.layers * sum(i * o for i, o in self.linears) + self.vocab * self.hidden
+
+
+SHAPES = {
+    "minilm": Shape("all-MiniLM-L6-v2", 384, 1536, 6, 384, 0, gated=False),
+    "smol": Shape("SmolLM2-135M", 576, 1536, 30, 192, 49152),
+    "7b": Shape("two layers of LLaMA-2-7B", 4096, 11008, 2, 4096, 32000),
+    "llama7b": Shape("LLaMA-2-7B", 4096, 11008, 32, 4096, 32000),
+    "llama70b": Shape("LLaMA-2-70B", 8192, 28672, 80, 1024, 32000),
+}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`entries` of rank `rank`, `per_task` of them a task; queries of `dim` numbers; factors of `size` bytes
+    a number."""
+
+    entries: int
+    rank: int = 8
+    per_task: int = 4
+    dim: int = 2688  # seven states of MiniLM
+    size: int = 2
+
+    @property
+    def tasks(self) -> float:
+        return self.entries / self.per_task
+
+    def factors(self, shape: Shape) -> int:
+        """Bytes of A and B: with the base, or in host memory behind resident slots."""
+        return self.entries * self.rank * shape.features * self.size
+
+    @property
+    def index(self) -> int:
+        """Bytes of keys, of what is searched, of its codes and of the slots' numbers: in host memory."""
+        return self.entries * (self.dim * (4 + 4 + 1) + CODE_BYTES + 40)
+
+    @property
+    def statistics(self) -> int:
+        """Bytes of the tasks' statistics (as many directions as there are) and of the metric."""
+        task = self.dim * (2 * STATISTICS_RANK + 8 + 4) + 4 * QUANTILES
+        return round(self.tasks * task + 4 * self.dim**2)
+
+    def memory(self, shape: Shape) -> int:
+        return self.factors(shape) + self.index + self.statistics
+
+
+# ---- what a machine's constants are fitted to
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured case: its phase, its features in seconds at the machine's ceilings, and its seconds."""
+
+    phase: str
+    name: str
+    features: tuple[float, ...]
+    seconds: float
+
+
+def points(result: dict) -> Iterator[Point]:
+    """Of a suite result, the cases that the model speaks about."""
+    read = result["ceilings"]["read_bytes_per_second"]
+    rates = result["ceilings"]["operations_per_second"]
+    cache = result["machine"].get("cache_bytes", 32 << 20)
+    for record in result["results"]:
+        axes, ours = record["axes"], record["contenders"][record["ours"]]
+        kind = axes.get("kind")
+        if "seconds" not in ours:
+            continue
+        if record["section"] == "search" and kind is None and axes["cache"] == "hot":
+            found = search_features(axes["keys"], axes["dim"], axes["queries"], read, rates["float32"], cache)
+            yield Point("search", record["case"], found, ours["seconds"])
+        elif kind == "refresh":
+            found = refresh_features(axes["keys"], axes["dim"], rates["float32"])
+            yield Point("add a task", record["case"], found, ours["seconds"])
+        elif kind == "update" and axes["length"] == 1:
+            found = update_features(axes["rows"], axes["distinct"], axes["rank"], axes["top_k"], read)
+            yield Point("mixture, decoding", record["case"], found, ours["seconds"])
+        elif kind == "update":
+            work = axes["rows"] * axes["length"] * axes["top_k"] * axes["rank"] * 4 * 576
+            yield Point("mixture, prefill", record["case"], (1e-5, work / rates["float32"]), ours["seconds"])
+        elif kind == "decode":
+            shape = SHAPES[axes["model"]]
+            found = decode_features(shape, axes["rows"], axes["distinct"], 8, 2, read, rates["float32"])
+            yield Point("decoding", record["case"], found, ours["seconds"])
+        elif kind == "prefill":
+            work = record["operations"] / rates[axes["dtype"]]
+            yield Point("prefill", record["case"], (1e-3, work), ours["seconds"])
+
+
+def search_features(keys: int, dim: int, queries: int, read: float, rate: float, cache: int) -> tuple:
+    """(a call, a query, codes from memory, multiply-adds)"""
+    size = keys * (dim + CODE_BYTES)
+    return 1e-6, queries * 1e-6, (size if size > cache / 2 else 0) / read, 2 * queries * keys * dim / rate
+
+
+def refresh_features(keys: int, dim: int, rate: float) -> tuple:
+    """(the metric's factor: D^3 / 3 multiply-adds, two solves of D^2 each a key), in fp64: half the rate"""
+    return 4 * dim**3 / 3 / rate, 4 * 2 * keys * dim**2 / rate
+
+
+def update_features(
+    rows: int, distinct: int, rank: int, top_k: int, read: float, features: int = 576
+) -> tuple:
+    """(a call, a row, the touched factors from memory)"""
+    return 1e-6, rows * 1e-6, (2 * distinct * rank * features + 4 * rows * features) * 4 / read
+
+
+def decode_features(
+    shape: Shape, rows: int, distinct: int, rank: int, top_k: int, read: float, rate: float, size: int = 2
+) -> tuple:
+    """(weights and factors from memory, multiply-adds of both, calls: a linear)"""
+    moved = (shape.weights + distinct * rank * shape.features) * size
+    work = 2 * rows * (shape.weights + top_k * rank * shape.features)
+    return moved / read, work / rate, shape.layers * 7 * 1e-6
+
+
+def fit(points: Sequence[Point]) -> numpy.ndarray:
+    """Constants, none below zero, with the least squared relative errors: the best subset of features."""
+    count = len(points[0].features)
+    matrix = numpy.array([[value / point.seconds for value in point.features] for point in points])
+    best, least = numpy.zeros(count), math.inf
+    for size in range(1, min(count, len(points)) + 1):
+        for chosen in itertools.combinations(range(count), size):
+            found, *_ = numpy.linalg.lstsq(matrix[:, chosen], numpy.ones(len(points)), rcond=None)
+            if (found < 0).any():
+                continue
+            error = float(((matrix[:, chosen] @ found - 1) ** 2).sum())
+            if error < least - 1e-9:
+                best, least = numpy.zeros(count), error
+                best[list(chosen)] = found
+    return best
+
+
+def predict(constants: numpy.ndarray, features: Sequence[float]) -> float:
+    return float(constants @ numpy.array(features))
+
+
+@dataclass(frozen=True)
+class Checked:
+    point: Point
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Relative."""
+        return self.predicted / self.point.seconds - 1
+
+
+def by_phase(points: Sequence[Point]) -> dict[str, list[Point]]:
+    return {
+        phase: [p for p in points if p.phase == phase] for phase in dict.fromkeys(p.phase for p in points)
+    }
+
+
+def check(points: Sequence[Point]) -> list[Checked]:
+    """Every point, predicted from the others of its phase; phases of fewer than three points are left out."""
+    found = []
+    for members in by_phase(points).values():
+        if len(members) < 3:
+            continue
+        for i, point in enumerate(members):
+            others = members[:i] + members[i + 1 :]
+            found.append(Checked(point, predict(fit(others), point.features)))
+    return found
