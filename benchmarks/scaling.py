@@ -12,10 +12,13 @@ were fitted to the other points of its phase, so the printed error is one of pre
 alone, nothing is fitted. For GPUs, on which nothing was measured, times are datasheet floors (`roofline.py`).
 """
 
+import argparse
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 
@@ -217,3 +220,105 @@ def check(points: Sequence[Point]) -> list[Checked]:
             others = members[:i] + members[i + 1 :]
             found.append(Checked(point, predict(fit(others), point.features)))
     return found
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Ceilings and fitted constants of the machine of a suite result."""
+
+    name: str
+    read: float
+    rate: float
+    cache: int
+    constants: dict[str, numpy.ndarray]
+
+    @classmethod
+    def of(cls, result: dict) -> "Machine":
+        ceilings, machine = result["ceilings"], result["machine"]
+        phases = by_phase(list(points(result)))
+        constants = {phase: fit(members) for phase, members in phases.items() if len(members) > 1}
+        name = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+        rate, read = ceilings["operations_per_second"]["float32"], ceilings["read_bytes_per_second"]
+        return cls(name, read, rate, machine.get("cache_bytes", 32 << 20), constants)
+
+    def search(self, pool: Pool, queries: int = 1) -> float:
+        """Seconds."""
+        found = search_features(pool.entries, pool.dim, queries, self.read, self.rate, self.cache)
+        return predict(self.constants["search"], found)
+
+    def add(self, pool: Pool) -> float:
+        """Seconds of a new task: the metric and everything that is searched, again."""
+        return predict(self.constants["add a task"], refresh_features(pool.entries, pool.dim, self.rate))
+
+    def decode(self, shape: Shape, rows: int, pool: Pool, top_k: int = 2) -> float:
+        """Seconds of a step, every row its own entries."""
+        distinct = min(pool.entries, rows * top_k)
+        sizes = (rows, distinct, pool.rank, top_k, self.read, self.rate)
+        return predict(self.constants["decoding"], decode_features(shape, *sizes, pool.size))
+
+
+def tasks_that_fit(shape: Shape, memory: float, pool: Pool) -> int:
+    """Tasks whose factors, keys and statistics fit into `memory` bytes."""
+    one = Pool(pool.per_task, pool.rank, pool.per_task, pool.dim, pool.size)
+    fixed = 4 * pool.dim**2
+    return max(0, int((memory - fixed) // (one.memory(shape) - fixed)))
+
+
+def amount(size: float) -> str:
+    """Bytes in words."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale or unit == "us":
+            return f"{seconds / scale:,.3g} {unit}"
+    raise AssertionError(seconds)
+
+
+def print_check(checked: dict[str, list[Checked]]) -> bool:
+    """Whether all are within `TOLERANCE`."""
+    good = True
+    for name, found in checked.items():
+        print(name)
+        for c in found:
+            mark = "" if abs(c.error) <= TOLERANCE else "  beyond"
+            good &= not mark
+            times = f"{duration(c.point.seconds):>9} measured {duration(c.predicted):>9} predicted"
+            print(f"  {c.point.phase:18}{c.point.name:66}{times} {c.error:+7.1%}{mark}")
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=Path, help="results of the suite, one a machine")
+    parser.add_argument(
+        "--write", action="store_true", help="docs/scaling.md and docs/scaling.png, for the first"
+    )
+    args = parser.parse_args()
+    results = [json.loads(path.read_text(encoding="utf8")) for path in args.results]
+    machines = [Machine.of(result) for result in results]
+    checked = {m.name: check(list(points(result))) for m, result in zip(machines, results, strict=True)}
+    good = print_check(checked)
+    if args.write:
+        from scaling_page import write
+
+        write(
+            machines[0],
+            checked,
+            " ".join(["python benchmarks/scaling.py", *map(str, args.results), "--write"]),
+        )
+    worst = max(abs(c.error) for found in checked.values() for c in found)
+    print(
+        json.dumps(
+            {"within": good, "largest_error": round(worst, 3), "points": sum(map(len, checked.values()))}
+        )
+    )
+    raise SystemExit(not good)
+
+
+if __name__ == "__main__":
+    main()
