@@ -306,17 +306,11 @@ def main() -> None:
     if args.write:
         from scaling_page import write
 
-        write(
-            machines[0],
-            checked,
-            " ".join(["python benchmarks/scaling.py", *map(str, args.results), "--write"]),
-        )
+        words = ["python benchmarks/scaling.py", *map(str, args.results), "--write"]
+        write(machines[0], checked, " ".join(words))
     worst = max(abs(c.error) for found in checked.values() for c in found)
-    print(
-        json.dumps(
-            {"within": good, "largest_error": round(worst, 3), "points": sum(map(len, checked.values()))}
-        )
-    )
+    count = sum(map(len, checked.values()))
+    print(json.dumps({"within": good, "largest_error": round(worst, 3), "points": count}))
     raise SystemExit(not good)
 
 

@@ -50,6 +50,7 @@ def describe(device: str) -> dict:
     """What the result file says of the machine."""
     found = cpu_timing.machine() | {"cpu": cpu_name(), "megahertz": cpu_megahertz(), "commit": commit()}
     found |= {"python": platform.python_version(), "device": device, "memory_bytes": memory_bytes()}
+    found["cache_bytes"] = cache_bytes(device)
     return found | gpu_timing.machine() if device == "cuda" else found
 
 
