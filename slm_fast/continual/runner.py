@@ -137,9 +137,9 @@ class ContinualRunner:
     def fit(self) -> "ContinualRunner":
         """Learn and measure everything that is not done yet."""
         slm = self.methods.get("slm") or METHODS["slm"](self)
-        if self.state["before"] is None:
-            if self.model.pool.num_entries and not slm.folder.exists():
-                raise ValueError("the model's pool must be empty when a run starts")
+        if not self.state["rows"] and self.model.pool.num_entries and not slm.folder.exists():
+            raise ValueError("the model's pool must be empty when a run starts")
+        if self.evaluate == "all" and self.state["before"] is None:  # else no forward transfer is measured
             self.state["before"] = [self._score(task, slm.answers(task)) for task in self.tasks]
             self._save_state()
         for method in sorted(self.methods.values(), key=lambda method: method.needs is not None):
