@@ -57,11 +57,11 @@ def adapter_section(machine: Machine) -> list[str]:
     more = machine.search(pool) - machine.search(Pool(9_999))
     text = f"""## What the 10,000th adapter costs
 
-Of LLaMA-2-7B, rank 8 on all linears: {amount(copied)} of factors, {amount(Pool(1).index)} of keys, a quarter of
-a task's {amount(Pool(4).statistics - 4 * pool.dim**2)} of statistics; {duration(more)} more for every search and
-{duration(machine.add(pool))} once, when its task is added. A decoding step costs what the entries of its batch
-cost, whatever the pool's size; an entry that is not in a slot of the card is copied there first:
-{duration(copied / LINK)} at {LINK / GB:.0f} GB/s.
+Of LLaMA-2-7B, rank 8 on all linears: {amount(copied)} of factors, {amount(Pool(1).index)} of keys, a
+quarter of a task's {amount(Pool(4).statistics - 4 * pool.dim**2)} of statistics; {duration(more)} more for
+every search and {duration(machine.add(pool))} once, when its task is added. A decoding step costs what the
+entries of its batch cost, whatever the pool's size; an entry that is not in a slot of the card is copied there
+first: {duration(copied / LINK)} at {LINK / GB:.0f} GB/s.
 
 Times are predictions for {machine.name}; beyond the measured sizes they are extrapolated.
 """
@@ -77,9 +77,9 @@ def fleet_section() -> list[str]:
         rows.append([f"{entries:,}", str(hosts), amount(pool.index), duration(scanned / 3.35e12)])
     text = """## A fleet
 
-Tasks are split over hosts, a task's entries stay together: a row is answered where its task is. Keys are split
-with them; a query goes to every host and the best of their answers is taken. Hosts of 1 TB (0.9 used) with one
-H100; the search is its floor at the datasheet's bandwidth, bf16 keys; nothing here was measured.
+Tasks are split over hosts, a task's entries stay together: a row is answered where its task is. Keys are
+split with them; a query goes to every host and the best of their answers is taken. Hosts of 1 TB (0.9 used)
+with one H100; the search is its floor at the datasheet's bandwidth, bf16 keys; nothing here was measured.
 """
     header = ["entries", "hosts for LLaMA-2-7B", "keys in all", "floor of a search on its host's card"]
     return [*text.splitlines(), "", *table(header, rows)]

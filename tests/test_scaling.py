@@ -1,0 +1,89 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from slm_fast import SLMConfig
+from slm_fast.loading import load_base
+from slm_fast.pool import KnowledgePool
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def nbytes(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def test_bytes_are_those_of_a_real_pool():
+    import scaling
+
+    shape = replace(scaling.SHAPES["minilm"], hidden=24, inter=40, layers=2, key_value=24)
+    linears = {f"{layer}.{i}": pair for layer in range(2) for i, pair in enumerate(shape.linears)}
+    pool = KnowledgePool(SLMConfig(r=3), linears)
+    counted = scaling.Pool(32, rank=3, per_task=4, dim=1000, size=4)
+    for task in range(8):
+        queries = torch.randn(600, 1000, generator=torch.Generator().manual_seed(task))
+        pool.add_task(str(task), queries[:4], queries=queries)
+    assert len(pool.start) == 32  # no room to spare, as after doubling
+    factors = nbytes(t for f in pool.factors for t in (f.A, f.B))
+    assert factors == counted.factors(shape) * len(pool.factors[0].A) // pool.num_rows
+    assert nbytes(pool.metric.buffers()) == pytest.approx(counted.statistics, rel=0.01)
+    slots = [b for name, b in pool.named_buffers() if not name.startswith(("factors.", "metric."))]
+    codes = [] if pool.codes is None else [pool.codes.nbytes]
+    assert nbytes(set(slots)) + sum(codes) == pytest.approx(counted.index, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["minilm", "smol"])
+def test_shapes_are_the_models(name):
+    import scaling
+
+    shape, (base, _) = scaling.SHAPES[name], load_base({"smol": "smollm2"}.get(name, name))
+    layers = [
+        module
+        for path, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and (".layer" in f".{path}") and "pooler" not in path
+    ]
+    assert shape.features == sum(m.in_features + m.out_features for m in layers)
+    head = shape.vocab * shape.hidden
+    assert shape.weights == sum(m.weight.numel() for m in layers) + head
+
+
+def test_constants_are_found_and_none_is_negative():
+    import scaling
+
+    features = numpy.random.default_rng(0).uniform(0.1, 10.0, (12, 3))
+    true = numpy.array([2.0, 0.0, 0.5])
+    points = [scaling.Point("p", str(i), tuple(row), float(row @ true)) for i, row in enumerate(features)]
+    assert scaling.fit(points) == pytest.approx(true, abs=1e-6)
+    checked = scaling.check(points)
+    assert len(checked) == 12 and max(abs(c.error) for c in checked) < 1e-6
+    odd = [*points, scaling.Point("p", "odd", tuple(features[0]), 5 * points[0].seconds)]
+    assert abs(scaling.check(odd)[-1].error) > 0.5  # a point does not vouch for itself
+    lower = [replace(p, seconds=p.features[0] * 3 - 0.05 * p.features[1]) for p in points]
+    assert (scaling.fit(lower) >= 0).all()
+
+
+def test_what_fits_grows_with_memory_and_shrinks_with_the_model():
+    import scaling
+
+    pool = scaling.Pool(4)
+    smol, large = scaling.SHAPES["smol"], scaling.SHAPES["llama7b"]
+    count = scaling.tasks_that_fit(smol, 24e9, pool)
+    assert replace(pool, entries=4 * count).memory(smol) <= 24e9 * 1.0001
+    assert replace(pool, entries=4 * (count + 1)).memory(smol) > 24e9 * 0.9999
+    assert scaling.tasks_that_fit(large, 24e9, pool) < count < scaling.tasks_that_fit(smol, 48e9, pool)
+    assert scaling.tasks_that_fit(large, 1e6, pool) == 0
+
+
+@pytest.mark.parametrize("size,words", [(512, "512 B"), (40e6, "40 MB"), (1.5e12, "1.5 TB")])
+def test_amounts(size, words):
+    import scaling
+
+    assert scaling.amount(size) == words
