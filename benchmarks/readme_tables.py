@@ -261,23 +261,55 @@ def training_step() -> str:
     return captioned(header, rows, made)
 
 
-def cpu_ops() -> str:
-    """Times, and those of the others as multiples of ours."""
+SUITE = "suite_cpu_avx2"  # one full run
 
-    def cell(seconds: dict[str, float], *names: str) -> str:
-        for name in set(names) & set(seconds):
-            value = seconds[name]
-            time = f"{1e6 * value:,.0f} us" if value < 1e-3 else f"{1e3 * value:,.1f} ms"
-            return time if name == "slm_fast" else f"{time} ({value / seconds['slm_fast']:.1f}x)"
+
+def duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:,.0f} us"
+    return f"{1e3 * seconds:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
+
+
+def times(found: dict | None) -> str:
+    """Of a contender: its time, what multiple of ours it is, and its recall if it does not find all."""
+    if found is None or "seconds" not in found:
         return MISSING
+    text = duration(found["seconds"])
+    if found.get("ratio", 1.0) != 1.0:
+        text += f" ({found['ratio']:.1f}x)"
+    return text + (f", recall {found['recall']:.2f}" if found.get("recall", 1.0) < 0.999 else "")
 
-    columns = {"slm_fast": ("slm_fast",), "PyTorch": ("torch", "autograd"), "FAISS flat": ("faiss",)}
-    rows = [
-        [record["name"], *(cell(record["seconds"], *names) for names in columns.values())]
-        for record in load("cpu_ops")["results"]
-    ]
-    made = {"cpu_ops": "python benchmarks/bench_cpu_ops.py"}
-    return captioned(["op", *columns], rows, made)
+
+def of_suite(section: str, columns: dict[str, str], **having) -> str:
+    """Cases of a section with those axes; columns: {contender: its title}, ours first."""
+    result = load(SUITE)
+    records = [r for r in result["results"] if r["section"] == section]
+    records = [r for r in records if all(r["axes"].get(key) in values for key, values in having.items())]
+    rows = [[r["case"], *(times(r["contenders"].get(name)) for name in columns)] for r in records]
+    return captioned(["case", *columns.values()], rows, {SUITE: "python -m benchmarks"})
+
+
+def suite_search() -> str:
+    columns = {"slm_fast": "slm_fast", "slm_fast, no codes": "without codes", "torch": "PyTorch"}
+    columns |= {"faiss flat": "FAISS flat", "faiss hnsw": "HNSW", "faiss ivf": "IVF"}
+    return of_suite("search", columns, queries=(1, 16, 256), dim=(384,))
+
+
+def suite_mixture() -> str:
+    columns = {"slm_fast": "slm_fast", "torch": "PyTorch", "dense": "dense offsets", "peft": "PEFT"}
+    return of_suite("mixture", columns | {"frozen": "the linear alone"}, kind=("update", "layer", "step"))
+
+
+def suite_serve() -> str:
+    """Tokens a second and latencies."""
+    titles = {"transformers": "frozen, transformers", "off": "slm_fast, pool off", "on": "slm_fast"}
+    rows = []
+    for record in (r for r in load(SUITE)["results"] if r["section"] == "serve"):
+        for name, found in record["contenders"].items():
+            latencies = [duration(found[key]) for key in ("first_token_50", "first_token_95", "per_token_50")]
+            rows.append([record["case"], titles[name], f"{found['tokens_per_second']:.1f}", *latencies])
+    header = ["load", "", "tokens/s", "first token, median", "95%", "a further token"]
+    return captioned(header, rows, {SUITE: "python -m benchmarks"})
 
 
 TABLES = {
@@ -286,7 +318,9 @@ TABLES = {
     "coverage": coverage,
     "routing of 25 tasks": routing_of_25_tasks,
     "training step": training_step,
-    "CPU ops": cpu_ops,
+    "search": suite_search,
+    "mixture": suite_mixture,
+    "serving": suite_serve,
     "decoding": decoding,
     "prefill": prefill,
     "memory": memory,

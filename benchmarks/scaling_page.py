@@ -60,8 +60,8 @@ def adapter_section(machine: Machine) -> list[str]:
 Of LLaMA-2-7B, rank 8 on all linears: {amount(copied)} of factors, {amount(Pool(1).index)} of keys, a
 quarter of a task's {amount(Pool(4).statistics - 4 * pool.dim**2)} of statistics; {duration(more)} more for
 every search and {duration(machine.add(pool))} once, when its task is added. A decoding step costs what the
-entries of its batch cost, whatever the pool's size; an entry that is not in a slot of the card is copied there
-first: {duration(copied / LINK)} at {LINK / GB:.0f} GB/s.
+entries of its batch cost, whatever the pool's size; an entry that is not in a slot of the card is copied
+there first: {duration(copied / LINK)} at {LINK / GB:.0f} GB/s.
 
 Times are predictions for {machine.name}; beyond the measured sizes they are extrapolated.
 """
