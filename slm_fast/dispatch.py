@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slm_fast import plan
+from slm_fast.reference import KeyCodes
 
 try:
     from slm_fast import _C
@@ -61,6 +62,7 @@ def available() -> dict[str, str | None]:
 def select(x: Tensor, backend: str | None = None) -> str:
     """The backend that runs an op on `x`: `backend`, else SLM_FAST_BACKEND, else the best for x's device.
 
+    A choice is made once: the environment is not looked at again.
     Raises ValueError when an explicit choice is unknown, missing, or cannot run on x's device.
     """
     return _select(x.device.type, backend)
@@ -68,6 +70,11 @@ def select(x: Tensor, backend: str | None = None) -> str:
 
 @torch.compiler.assume_constant_result
 def _select(device: str, backend: str | None) -> str:
+    return _choose(device, backend)
+
+
+@functools.cache
+def _choose(device: str, backend: str | None) -> str:
     choice = backend or os.environ.get("SLM_FAST_BACKEND")
     on_cpu, on_cuda, known = device == "cpu", device == "cuda", _probe()
     if not choice or choice == "auto":
@@ -97,13 +104,14 @@ def key_search_cpu(
     weighting: str,
     temperature: float,
     min_similarity: float | None,
+    codes: KeyCodes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.key_search` in the extension; contiguous tensors, fp32 query and bias, bool mask."""
     num_queries, dim = query.shape
     num_keys = keys.shape[0]
     indices = torch.empty(num_queries, top_k, dtype=torch.int32)
     weights = torch.empty(num_queries, top_k, dtype=torch.float32)
-    scores = torch.empty(num_queries, top_k, dtype=torch.float32)
+    scores = torch.empty_like(weights)
     _C.key_search(
         query.data_ptr(),
         keys.data_ptr(),
@@ -121,9 +129,27 @@ def key_search_cpu(
         indices.data_ptr(),
         weights.data_ptr(),
         scores.data_ptr(),
+        0 if codes is None else codes.codes.data_ptr(),
+        0 if codes is None else codes.bounds.data_ptr(),
         torch.get_num_threads(),
     )
     return indices, weights, scores
+
+
+def key_codes_cpu(keys: Tensor, rows: Tensor | None, out: KeyCodes) -> None:
+    """`reference.key_codes` in the extension; contiguous keys; all of them without `rows`."""
+    if rows is not None and not len(rows):
+        return
+    _C.key_codes(
+        keys.data_ptr(),
+        DTYPE_CODES[keys.dtype],
+        *keys.shape,
+        _ptr(rows),
+        0 if rows is None else len(rows),
+        out.codes.data_ptr(),
+        out.bounds.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 def mixture_forward_cpu(
