@@ -153,8 +153,7 @@ def test_the_error_bound_is_needed_and_tight():
     decoded = best.bounds[0, 0, 0] * best.codes[0, :, 0].flatten().float()
     lost = keys[0] - decoded
     query = (lost / lost.norm())[None]
-    coded = (127 * keys[1] / keys[1].abs().max()).round()  # a key that its codes describe exactly
-    coded *= (query[0] @ coded).sign()
+    coded = (127 * query[0] / query.abs().max()).round()  # a key that its codes describe exactly
     keys[1] = coded * ((query[0] @ keys[0] - 0.1 * lost.norm()) / (query[0] @ coded))
     indices, _, scores = check_codes(query, keys, top_k=2)
     assert indices.tolist() == [[0, 1]]
