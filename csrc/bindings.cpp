@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 
@@ -234,6 +235,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward_tail", &forward_tail, NoGil(), arg("out"), arg("gate_up"), arg("down"), arg("attended"),
         arg("residual"), arg("num_tokens"), arg("y"), arg("routing"), arg("num_threads"));
   m.def("read_memory", &read_memory, NoGil(), arg("regions"), arg("num_threads"));
+  m.def("getenv", [](const char* name) { return std::getenv(name); }, arg("name"));
   m.def("isa", &slm::isa);
   m.def("isa_supported", &slm::isa_supported);
   m.def("build_info", &build_info);

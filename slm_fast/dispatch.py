@@ -25,6 +25,7 @@ except ImportError as error:
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WEIGHTING_CODES = {"similarity": 0, "softmax": 1, "uniform": 2}
+_getenv = os.environ.get if _C is None else _C.getenv  # a microsecond, or a quarter, where nothing is set
 LONG_ROW = 64  # tokens of a row from which on a tile of the fused kernel meets few rows
 
 
@@ -62,7 +63,6 @@ def available() -> dict[str, str | None]:
 def select(x: Tensor, backend: str | None = None) -> str:
     """The backend that runs an op on `x`: `backend`, else SLM_FAST_BACKEND, else the best for x's device.
 
-    A choice is made once: the environment is not looked at again.
     Raises ValueError when an explicit choice is unknown, missing, or cannot run on x's device.
     """
     return _select(x.device.type, backend)
@@ -70,17 +70,10 @@ def select(x: Tensor, backend: str | None = None) -> str:
 
 @torch.compiler.assume_constant_result
 def _select(device: str, backend: str | None) -> str:
-    return _choose(device, backend)
-
-
-@functools.cache
-def _choose(device: str, backend: str | None) -> str:
-    choice = backend or os.environ.get("SLM_FAST_BACKEND")
-    on_cpu, on_cuda, known = device == "cpu", device == "cuda", _probe()
+    choice = backend or _getenv("SLM_FAST_BACKEND")
     if not choice or choice == "auto":
-        if on_cuda and known["gpu"] is None:
-            return "gpu"
-        return "cpu" if on_cpu and known["cpu"] is None else "reference"
+        return _best(device)
+    on_cpu, on_cuda, known = device == "cpu", device == "cuda", _probe()
     if choice not in known:
         raise ValueError(f"unknown backend {choice!r}; known: {', '.join(known)}")
     if known[choice] is not None:
@@ -89,6 +82,13 @@ def _choose(device: str, backend: str | None) -> str:
     if not runs[choice]:
         raise ValueError(f"backend {choice!r} cannot run on a tensor on {device}; known: {', '.join(known)}")
     return choice
+
+
+@functools.cache
+def _best(device: str) -> str:
+    if device == "cuda" and _probe()["gpu"] is None:
+        return "gpu"
+    return "cpu" if device == "cpu" and _probe()["cpu"] is None else "reference"
 
 
 def _ptr(x: Tensor | None) -> int:
