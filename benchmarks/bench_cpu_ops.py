@@ -51,13 +51,15 @@ def bench_search(num_keys, batch, repeats, dim=384, top_k=4):
     torch.manual_seed(0)
     query = torch.nn.functional.normalize(torch.randn(batch, dim), dim=-1)
     keys = torch.nn.functional.normalize(torch.randn(num_keys, dim), dim=-1)
-    indices, _, scores = ops.key_search(query, keys, top_k=top_k)
+    codes = ops.key_codes(keys)
+    indices, _, scores = ops.key_search(query, keys, top_k=top_k, codes=codes)
     want_indices, _, want_scores = reference.key_search(query, keys, top_k=top_k)
     check("key_search", scores, want_scores)
     if not torch.equal(indices, want_indices):
         raise SystemExit("key_search: wrong indices, nothing is timed")
     contenders = {
-        "slm_fast": lambda: ops.key_search(query, keys, top_k=top_k),
+        "slm_fast": lambda: ops.key_search(query, keys, top_k=top_k, codes=codes),
+        "without codes": lambda: ops.key_search(query, keys, top_k=top_k),
         "torch": lambda: (query @ keys.T).topk(top_k, dim=-1),
     }
     if faiss is not None:
@@ -70,7 +72,7 @@ def bench_search(num_keys, batch, repeats, dim=384, top_k=4):
         f"key_search P={num_keys} D={dim} B={batch}",
         interleaved(contenders, repeats),
         flops,
-        num_keys * dim * 4,
+        num_keys * dim,
     )
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 
@@ -24,8 +25,8 @@ T* as(Ptr p) {
 
 void key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask, int64_t mask_stride,
                 int64_t num_queries, int64_t num_keys, int64_t dim, int64_t top_k, int weighting,
-                float temperature, float min_similarity, Ptr indices, Ptr weights, Ptr scores,
-                int num_threads) {
+                float temperature, float min_similarity, Ptr indices, Ptr weights, Ptr scores, Ptr codes,
+                Ptr bounds, int num_threads) {
   const slm::KeySearch op{as<float>(query),
                           as<void>(keys),
                           static_cast<DType>(key_dtype),
@@ -41,8 +42,16 @@ void key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask, int64_t 
                           min_similarity,
                           as<int32_t>(indices),
                           as<float>(weights),
-                          as<float>(scores)};
+                          as<float>(scores),
+                          as<int8_t>(codes),
+                          as<float>(bounds)};
   slm::key_search(op, num_threads);
+}
+
+void key_codes(Ptr keys, int key_dtype, int64_t num_keys, int64_t dim, Ptr rows, int64_t num_rows, Ptr codes,
+               Ptr bounds, int num_threads) {
+  slm::key_codes(as<void>(keys), static_cast<DType>(key_dtype), num_keys, dim, as<int64_t>(rows), num_rows,
+                 as<int8_t>(codes), as<float>(bounds), num_threads);
 }
 
 // The arguments of the CUDA search and of its emulation: key_search's, the transform, the plan.
@@ -198,7 +207,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("key_search", &key_search, NoGil(), arg("query"), arg("keys"), arg("key_dtype"), arg("bias"),
         arg("mask"), arg("mask_stride"), arg("num_queries"), arg("num_keys"), arg("dim"), arg("top_k"),
         arg("weighting"), arg("temperature"), arg("min_similarity"), arg("indices"), arg("weights"),
-        arg("scores"), arg("num_threads"));
+        arg("scores"), arg("codes"), arg("bounds"), arg("num_threads"));
+  m.def("key_codes", &key_codes, NoGil(), arg("keys"), arg("key_dtype"), arg("num_keys"), arg("dim"),
+        arg("rows"), arg("num_rows"), arg("codes"), arg("bounds"), arg("num_threads"));
   def_cuda_key_search(m, &cuda_key_search);
   m.attr("cuda_source") = kCudaSource;
   m.def("mixture_forward", &mixture_forward, NoGil(), arg("x"), arg("y"), arg("x_dtype"), arg("A"), arg("B"),
@@ -224,6 +235,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward_tail", &forward_tail, NoGil(), arg("out"), arg("gate_up"), arg("down"), arg("attended"),
         arg("residual"), arg("num_tokens"), arg("y"), arg("routing"), arg("num_threads"));
   m.def("read_memory", &read_memory, NoGil(), arg("regions"), arg("num_threads"));
+  m.def("getenv", [](const char* name) { return std::getenv(name); }, arg("name"));
   m.def("isa", &slm::isa);
   m.def("isa_supported", &slm::isa_supported);
   m.def("build_info", &build_info);

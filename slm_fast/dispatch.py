@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slm_fast import plan
+from slm_fast.reference import KeyCodes
 
 try:
     from slm_fast import _C
@@ -24,6 +25,7 @@ except ImportError as error:
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WEIGHTING_CODES = {"similarity": 0, "softmax": 1, "uniform": 2}
+_getenv = os.environ.get if _C is None else _C.getenv  # a microsecond, or a quarter, where nothing is set
 LONG_ROW = 64  # tokens of a row from which on a tile of the fused kernel meets few rows
 
 
@@ -68,12 +70,10 @@ def select(x: Tensor, backend: str | None = None) -> str:
 
 @torch.compiler.assume_constant_result
 def _select(device: str, backend: str | None) -> str:
-    choice = backend or os.environ.get("SLM_FAST_BACKEND")
-    on_cpu, on_cuda, known = device == "cpu", device == "cuda", _probe()
+    choice = backend or _getenv("SLM_FAST_BACKEND")
     if not choice or choice == "auto":
-        if on_cuda and known["gpu"] is None:
-            return "gpu"
-        return "cpu" if on_cpu and known["cpu"] is None else "reference"
+        return _best(device)
+    on_cpu, on_cuda, known = device == "cpu", device == "cuda", _probe()
     if choice not in known:
         raise ValueError(f"unknown backend {choice!r}; known: {', '.join(known)}")
     if known[choice] is not None:
@@ -82,6 +82,13 @@ def _select(device: str, backend: str | None) -> str:
     if not runs[choice]:
         raise ValueError(f"backend {choice!r} cannot run on a tensor on {device}; known: {', '.join(known)}")
     return choice
+
+
+@functools.cache
+def _best(device: str) -> str:
+    if device == "cuda" and _probe()["gpu"] is None:
+        return "gpu"
+    return "cpu" if device == "cpu" and _probe()["cpu"] is None else "reference"
 
 
 def _ptr(x: Tensor | None) -> int:
@@ -97,13 +104,14 @@ def key_search_cpu(
     weighting: str,
     temperature: float,
     min_similarity: float | None,
+    codes: KeyCodes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.key_search` in the extension; contiguous tensors, fp32 query and bias, bool mask."""
     num_queries, dim = query.shape
     num_keys = keys.shape[0]
     indices = torch.empty(num_queries, top_k, dtype=torch.int32)
     weights = torch.empty(num_queries, top_k, dtype=torch.float32)
-    scores = torch.empty(num_queries, top_k, dtype=torch.float32)
+    scores = torch.empty_like(weights)
     _C.key_search(
         query.data_ptr(),
         keys.data_ptr(),
@@ -121,9 +129,27 @@ def key_search_cpu(
         indices.data_ptr(),
         weights.data_ptr(),
         scores.data_ptr(),
+        0 if codes is None else codes.codes.data_ptr(),
+        0 if codes is None else codes.bounds.data_ptr(),
         torch.get_num_threads(),
     )
     return indices, weights, scores
+
+
+def key_codes_cpu(keys: Tensor, rows: Tensor | None, out: KeyCodes) -> None:
+    """`reference.key_codes` in the extension; contiguous keys; all of them without `rows`."""
+    if rows is not None and not len(rows):
+        return
+    _C.key_codes(
+        keys.data_ptr(),
+        DTYPE_CODES[keys.dtype],
+        *keys.shape,
+        _ptr(rows),
+        0 if rows is None else len(rows),
+        out.codes.data_ptr(),
+        out.bounds.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 def mixture_forward_cpu(

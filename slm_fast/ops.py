@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_fast import autograd, compiled, dispatch, reference  # noqa: F401 (compiled registers custom ops)
-from slm_fast.reference import MAX_TOP_K
+from slm_fast.reference import MAX_TOP_K, KeyCodes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SLABS = 4  # linears behind one norm
@@ -45,6 +45,7 @@ def key_search(
     min_similarity: float | None = None,
     num_groups: int | None = None,
     shift: Tensor | None = None,
+    codes: KeyCodes | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find the `top_k` keys with the highest score for every query, and their mixture weights.
@@ -58,7 +59,9 @@ def key_search(
 
     Args: query: [B, D] fp32.  keys: [P, D] fp32/bf16/fp16, finite.  bias: [P] fp32.  mask: [P] or [B, P]
     bool, True = allowed.  weighting: "similarity", "softmax" or "uniform".  num_groups divides D.
-    shift: [D] fp32.
+    shift: [D] fp32.  codes: `key_codes(keys)`, with which the cpu backend reads a quarter of the bytes of
+    fp32 keys and finds the same, bit for bit; the others do not look at them. Codes of other keys, or of keys
+    that have changed since, give wrong picks.
     Returns indices [B, top_k] int32, weights [B, top_k] fp32, scores [B, top_k] fp32.
     Raises ValueError on wrong shapes, dtypes or devices, NaN or infinite queries, top_k outside 1..64,
     temperature <= 0, and num_groups together with shift. The gpu backend does not wait for the device to look
@@ -68,7 +71,8 @@ def key_search(
     device = query.device
     num_queries, dim = _matrix("query", query)
     num_keys, _ = _matrix("keys", keys)
-    _check("query", query, (num_queries, dim), FP32, device)
+    if query.dtype != torch.float32:
+        raise ValueError(f"query must be float32, got {query.dtype}")
     _check("keys", keys, (num_keys, dim), FLOATS, device)
     if bias is not None:
         _check("bias", bias, (num_keys,), FP32, device)
@@ -87,17 +91,20 @@ def key_search(
         raise ValueError(f"num_groups must divide the query size {dim}, got {num_groups}")
     if shift is not None:
         _check("shift", shift, (dim,), FP32, device)
+    if codes is not None:
+        _check_codes(codes, num_keys, dim, device)
     chosen = dispatch.select(query, backend)
     if chosen != "reference":
-        query, keys = query.detach().contiguous(), keys.contiguous()
+        keys = keys.contiguous()
         bias = None if bias is None else bias.contiguous()
         mask = None if mask is None else mask.contiguous()
         options = (top_k, weighting, temperature, min_similarity)
         if chosen == "gpu":
-            shift = None if shift is None else shift.contiguous()
+            query, shift = query.detach().contiguous(), None if shift is None else shift.contiguous()
             return dispatch.key_search_gpu(query, keys, bias, mask, *options, num_groups, shift)
-        query = reference.transform_query(query, num_groups, shift).contiguous()
-        return dispatch.key_search_cpu(query, keys, bias, mask, *options)
+        if num_groups is not None or shift is not None:
+            query = reference.transform_query(query.detach(), num_groups, shift)
+        return dispatch.key_search_cpu(query.contiguous(), keys, bias, mask, *options, codes)
     if not torch.isfinite(query).all():
         raise ValueError("query must be finite, got NaN or infinite values")
     with torch.no_grad():
@@ -113,6 +120,55 @@ def key_search(
             num_groups=num_groups,
             shift=shift,
         )
+
+
+def _check_codes(codes: KeyCodes, num_keys: int, dim: int, device: torch.device) -> None:
+    if codes.num_keys != num_keys or codes.dim != dim:
+        wanted, got = [num_keys, dim], [codes.num_keys, codes.dim]
+        raise ValueError(f"codes must be those of keys of shape {wanted}, got those of {got}")
+    if codes.device != device:
+        raise ValueError(f"codes must be on {device}, got {codes.device}")
+
+
+def key_codes(
+    keys: Tensor,
+    *,
+    out: KeyCodes | None = None,
+    rows: list[int] | None = None,
+    backend: str | None = None,
+) -> KeyCodes:
+    """Quantise `keys` for `key_search`: D + 12 bytes a key.
+
+    With the codes c and scale s of a key k, and a query q as 16-bit integers d with a scale t, a search
+    computes <d, c> in integers and knows
+
+        |<q, k> - t s <d, c>| <= |q| |k - s c| + |q - t d| max(|k|, |s c|)
+
+    plus what rounding may add to the fp32 score of its own. Keys whose bound lies below the `top_k`-th best
+    lower bound are no picks; the others are scored as without codes. The margin is about 0.7% of |q| |k|, so
+    that few keys are left among many unlike ones.
+
+    Args: keys: [P, D] fp32/bf16/fp16.  out: codes of the same number of keys, written in place and returned.
+    rows: the keys whose codes in `out` are to be written; None: all.
+    Returns `KeyCodes`, which has the layout.
+    Raises ValueError on wrong shapes, dtypes or devices, rows outside the keys, and rows without out.
+    """
+    num_keys, dim = _matrix("keys", keys)
+    _check("keys", keys, (num_keys, dim), FLOATS, keys.device)
+    if out is not None:
+        _check_codes(out, num_keys, dim, keys.device)
+    elif rows is not None:
+        raise ValueError("rows need out")
+    if rows and not 0 <= min(rows) <= max(rows) < num_keys:
+        raise ValueError(f"rows must be in 0..{num_keys - 1}, got {min(rows)}..{max(rows)}")
+    out = KeyCodes.zeros(num_keys, dim, keys.device) if out is None else out
+    which = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=keys.device)
+    if dispatch.select(keys, backend) == "cpu":
+        dispatch.key_codes_cpu(keys.detach().contiguous(), which, out)
+    else:
+        which = torch.arange(num_keys, device=keys.device) if which is None else which
+        reference.key_codes(keys.detach(), which, out)
+    return out
 
 
 def mixture(

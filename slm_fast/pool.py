@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from slm_fast import ops
+from slm_fast import dispatch, ops
 from slm_fast.config import SLMConfig
 from slm_fast.factors import Factors, grown
 from slm_fast.faiss_index import FaissIndex
 from slm_fast.keys import METRIC_CLASSES, TEMPERATURES, learn_keys
+from slm_fast.reference import KeyCodes
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
 
+CODED_SLOTS = 64  # from which on a search on the CPU gains by codes of the keys
 SLOT_BUFFERS = ("start", "rank", "scaling", "active", "slot_version", "factors_version", "slot_task", "keys")
 
 
@@ -82,6 +84,7 @@ class KnowledgePool(nn.Module):
         self.register_buffer("index_bias", torch.zeros(0))
         self.metric: nn.Module | None = None
         self._faiss: FaissIndex | None = None  # dropped whenever what is searched changes
+        self._codes: KeyCodes | None = None  # of index_keys, made by the first search on the CPU
         if query_dim is not None:
             self._set_query_dim(query_dim)
 
@@ -392,18 +395,18 @@ class KnowledgePool(nn.Module):
                 part._apply(lambda tensor: tensor.to(device))
         for name, buffer in self._buffers.items():
             self._buffers[name] = buffer.to(device)
-        self._faiss = None
+        self._faiss = self._codes = None
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._faiss = None
+        self._faiss = self._codes = None
         self.version += 1
         self.factors_version.fill_(self.version)
 
     def __getstate__(self) -> dict:
-        """A FAISS index is neither pickled nor copied: the copy builds its own."""
-        return self.__dict__ | {"_faiss": None}
+        """Neither a FAISS index nor codes are pickled or copied: the copy makes its own."""
+        return self.__dict__ | {"_faiss": None, "_codes": None}
 
     # ---- search
 
@@ -413,8 +416,19 @@ class KnowledgePool(nn.Module):
         if self.index_keys.shape != self.keys.shape or slots is None:
             self.index_keys, self.index_bias = self.metric.index(self.keys)
             self.index_bias = torch.where(self.active, self.index_bias, torch.zeros_like(self.index_bias))
+            self._codes = None
         else:
             self.index_keys[slots], self.index_bias[slots] = self.metric.index(self.keys[slots])
+            if self._codes is not None:
+                ops.key_codes(self.index_keys, out=self._codes, rows=slots, backend=self.backend)
+
+    def _index_codes(self) -> KeyCodes | None:
+        """Codes of `index_keys`, a quarter of their bytes, where a search reads them."""
+        if len(self.index_keys) < CODED_SLOTS or dispatch.select(self.index_keys, self.backend) != "cpu":
+            return None
+        if self._codes is None:
+            self._codes = ops.key_codes(self.index_keys, backend=self.backend)
+        return self._codes
 
     def temperature(self) -> float:
         if self.config.temperature == "auto":
@@ -477,9 +491,8 @@ class KnowledgePool(nn.Module):
                 self._faiss = FaissIndex(self.index_keys, self.index_bias, self.active)
             found = self._faiss.search(features, **options)
         else:
-            found = ops.key_search(
-                features, self.index_keys, self.index_bias, mask, **options, backend=self.backend
-            )
+            options |= dict(codes=self._index_codes(), backend=self.backend)
+            found = ops.key_search(features, self.index_keys, self.index_bias, mask, **options)
         routing = self._weighted(Routing.make(*found, self.version))
         if calibrated and not isinstance(tasks, str):
             told = [False] * query.shape[0] if tasks is None else [task is not None for task in tasks]

@@ -7,6 +7,7 @@ column j of PEFT's `lora_B`); entry `i` owns the rows `start[i] : start[i] + ran
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 MAX_TOP_K = 64
 WEIGHTINGS = ("similarity", "softmax", "uniform")
+CODE_KEYS = 32  # keys whose codes lie together
 
 
 def group_normalize(x: Tensor, num_groups: int) -> Tensor:
@@ -94,6 +96,68 @@ def key_search(
     if min_similarity is not None:
         weights = weights.masked_fill(top[:, :1] < min_similarity, 0.0)
     return indices.masked_fill(~valid, 0).int(), weights, top
+
+
+@dataclass(frozen=True, eq=False)
+class KeyCodes:
+    """Keys [P, D] as 8-bit codes, and what bounds the error of a score that is computed with them.
+
+        keys[p] ~ scale[p] * code[p],   scale[p] = max |keys[p]| / 127,   code[p] = round(keys[p] / scale[p])
+        bounds: scale[p], at least |keys[p] - scale[p] code[p]|, at least |keys[p]| and |scale[p] code[p]|
+
+    codes: [ceil(P / 32), ceil(D / 2), 32, 2] int8, code[p][e] = codes[p // 32, e // 2, p % 32, e % 2].
+    bounds: [ceil(P / 32), 3, 32] fp32. What belongs to no key is 0.
+    """
+
+    num_keys: int
+    dim: int
+    codes: Tensor
+    bounds: Tensor
+
+    def __post_init__(self) -> None:
+        blocks = (self.num_keys + CODE_KEYS - 1) // CODE_KEYS
+        for name, dtype, shape in (
+            ("codes", torch.int8, (blocks, (self.dim + 1) // 2, CODE_KEYS, 2)),
+            ("bounds", torch.float32, (blocks, 3, CODE_KEYS)),
+        ):
+            x = getattr(self, name)
+            if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
+                raise ValueError(
+                    f"{name} must be contiguous {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}"
+                )
+        if self.codes.device != self.bounds.device:
+            raise ValueError(f"bounds must be on {self.codes.device}, got {self.bounds.device}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @classmethod
+    def zeros(cls, num_keys: int, dim: int, device: torch.device) -> "KeyCodes":
+        blocks = (num_keys + CODE_KEYS - 1) // CODE_KEYS
+        codes = torch.zeros(blocks, (dim + 1) // 2, CODE_KEYS, 2, dtype=torch.int8, device=device)
+        return cls(num_keys, dim, codes, torch.zeros(blocks, 3, CODE_KEYS, device=device))
+
+
+def key_codes(keys: Tensor, rows: Tensor, out: KeyCodes) -> None:
+    """Write the codes and bounds of keys[rows] to `out`. A key whose norm is outside 2^-30..2^50 has codes of
+    0 and infinite bounds.
+
+    Args: keys: [P, D] fp32/bf16/fp16.  rows: [N] int64.
+    """
+    keys = keys[rows].float()
+    size, norm = F.pad(keys, (0, 1)).abs().amax(1, keepdim=True), keys.double().norm(dim=1, keepdim=True)
+    known = (norm >= 2.0**-30) & (norm <= 2.0**50)
+    scale = torch.where(known, size / 127, 0.0)
+    code = torch.where(known, (keys * (size.new_tensor(127.0) / size)).round().clamp(-127, 127), 0.0)
+    decoded = scale.double() * code.double()
+    error = (keys - decoded).norm(dim=1, keepdim=True)
+    larger = norm.maximum(decoded.norm(dim=1, keepdim=True))
+    limits = torch.cat([error, larger], 1) * (1 + 2.0**-20)  # which covers the roundings
+    block, place = rows // CODE_KEYS, rows % CODE_KEYS
+    e = torch.arange(keys.shape[1], device=keys.device)
+    out.codes[block[:, None], e // 2, place[:, None], e % 2] = code.to(torch.int8)
+    out.bounds[block, :, place] = torch.cat([scale, torch.where(known, limits, torch.inf).float()], 1)
 
 
 def segment_bounds(num_tokens: int, num_rows: int, cu_seqlens: Tensor | None) -> list[int]:

@@ -66,6 +66,13 @@ struct LinearKernels {
   void (*rotate)(void* x, const void* cos, const void* sin, int dtype, int64_t head_size);
 };
 
+// The layout of quantised keys, reference.KeyCodes: codes [blocks][pairs of dims][kCodeKeys][2], bounds
+// [blocks][kCodeBounds][kCodeKeys]. A search takes them kCodeChunk keys and kCodeQueries queries at a time.
+constexpr int64_t kCodeKeys = 32, kCodeBounds = 3, kCodeChunk = 1024, kCodeQueries = 16;
+constexpr int64_t kMostPicks = 64;
+// Of a query and of a key with a bound: their products neither overflow nor lose subnormals.
+constexpr float kLeastNorm = 0x1p-30f, kMostNorm = 0x1p50f;
+
 struct Kernels {
   // out[t * out_stride + cols[j]] = <x[t], f[rows[j]]> over `dim`; x and f are contiguous rows of `dim`.
   // scratch: (4 + num_j) * dim floats, rounded up to 64 bytes each row of `pad(dim)`.
@@ -87,6 +94,14 @@ struct Kernels {
   void (*search)(const float* query, int64_t num_q, int64_t dim, const void* keys, int key_dtype,
                  int64_t begin, int64_t end, const float* bias, const uint8_t* mask, int64_t mask_stride,
                  int64_t top_k, float* scores, int32_t* indices);
+
+  // The same lists by way of the keys' codes and bounds; num_q <= kCodeQueries, top_k <= kMostPicks, `begin`
+  // a multiple of kCodeKeys. values: [num_q][dim, rounded up to even], dots: [num_q][kCodeChunk], both
+  // scratch.
+  void (*search_codes)(const float* query, int64_t num_q, int64_t dim, const void* keys, int key_dtype,
+                       const int8_t* codes, const float* bounds, int64_t begin, int64_t end,
+                       const float* bias, const uint8_t* mask, int64_t mask_stride, int64_t top_k,
+                       int16_t* values, int32_t* dots, float* scores, int32_t* indices);
 
   // The bitwise or of `bytes` bytes, a multiple of kReadPiece.
   uint64_t (*read)(const char* begin, int64_t bytes);

@@ -9,6 +9,8 @@
 
 #include "search.inc"
 
+#include "code_search.inc"
+
 #include "read.inc"
 
 #include "linear.inc"

@@ -1,8 +1,9 @@
 // One pass over the keys: each block of 16 meets every query of a group before it leaves the cache, and only
 // the running top-k lists are kept. Bytes: num_keys * dim once per 64 queries. Slices of keys go to threads;
 // their lists are merged under the total order (score descending, index ascending), so the cut does not show
-// in the result.
+// in the result. With codes of the keys, 16 queries share a pass over those instead: num_keys * dim bytes.
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -17,6 +18,7 @@ constexpr int64_t kBlockKeys = 16;
 constexpr int64_t kQueries = 64;  // queries of one group: 64 x 768 fp32 stay in L2
 // Below this many multiply-adds one thread is done sooner: 1,000 keys of 384 take 34 us on one, 21 us on two.
 constexpr int64_t kSerialWork = 300000;
+constexpr int64_t kSerialCodes = 1000000;
 
 bool all_finite(const float* x, int64_t n) {
   uint32_t bad = 0;
@@ -24,15 +26,37 @@ bool all_finite(const float* x, int64_t n) {
   return bad == 0;
 }
 
+struct Lists {
+  float* scores;
+  int32_t* indices;
+};
+
+void search_keys(const KeySearch& op, int64_t q, int64_t num_q, int64_t begin, int64_t end, Lists lists) {
+  kernels().search(op.query + q * op.dim, num_q, op.dim, op.keys, static_cast<int>(op.key_dtype), begin, end,
+                   op.bias, op.mask ? op.mask + q * op.mask_stride : nullptr, op.mask_stride, op.top_k,
+                   lists.scores + q * op.top_k, lists.indices + q * op.top_k);
+}
+
+void search_codes(const KeySearch& op, int64_t q, int64_t num_q, int64_t begin, int64_t end, Lists lists) {
+  const std::unique_ptr<int16_t[]> values(new int16_t[num_q * (op.dim + 1)]);
+  const std::unique_ptr<int32_t[]> dots(new int32_t[num_q * kCodeChunk]);
+  kernels().search_codes(op.query + q * op.dim, num_q, op.dim, op.keys, static_cast<int>(op.key_dtype),
+                         op.codes, op.bounds, begin, end, op.bias,
+                         op.mask ? op.mask + q * op.mask_stride : nullptr, op.mask_stride, op.top_k,
+                         values.get(), dots.get(), lists.scores + q * op.top_k, lists.indices + q * op.top_k);
+}
+
 }  // namespace
 
 void key_search(const KeySearch& op, int num_threads) {
   if (!all_finite(op.query, op.num_queries * op.dim))
     throw std::invalid_argument("query must be finite, got NaN or infinite values");
-  const int64_t groups = (op.num_queries + kQueries - 1) / kQueries;
+  const bool coded = op.codes && op.top_k <= kMostPicks;
+  const int64_t queries = coded ? kCodeQueries : kQueries, block = coded ? kCodeKeys : kBlockKeys;
+  const int64_t groups = (op.num_queries + queries - 1) / queries;
   const int64_t work = op.num_queries * op.num_keys * op.dim;
-  const int threads = work < kSerialWork ? 1 : num_threads;
-  const int64_t blocks = (op.num_keys + kBlockKeys - 1) / kBlockKeys;
+  const int threads = work < (coded ? kSerialCodes : kSerialWork) ? 1 : num_threads;
+  const int64_t blocks = (op.num_keys + block - 1) / block;
   const int64_t slices = groups >= threads ? 1 : std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
 
   // List 0 is the output itself.
@@ -43,14 +67,13 @@ void key_search(const KeySearch& op, int num_threads) {
   std::fill_n(op.indices, list, 0);
 
   parallel_for(groups * slices, threads, [&](int64_t chunk) {
-    const int64_t q = chunk / slices * kQueries, slice = chunk % slices;
-    float* const scores = slice ? more_scores.data() + (slice - 1) * list : op.scores;
-    int32_t* const indices = slice ? more_indices.data() + (slice - 1) * list : op.indices;
-    kernels().search(op.query + q * op.dim, std::min(kQueries, op.num_queries - q), op.dim, op.keys,
-                     static_cast<int>(op.key_dtype), slice_begin(slice, slices, op.num_keys, kBlockKeys),
-                     slice_begin(slice + 1, slices, op.num_keys, kBlockKeys), op.bias,
-                     op.mask ? op.mask + q * op.mask_stride : nullptr, op.mask_stride, op.top_k,
-                     scores + q * op.top_k, indices + q * op.top_k);
+    const int64_t q = chunk / slices * queries, slice = chunk % slices;
+    const Lists lists =
+        slice ? Lists{more_scores.data() + (slice - 1) * list, more_indices.data() + (slice - 1) * list}
+              : Lists{op.scores, op.indices};
+    const auto search = coded ? search_codes : search_keys;
+    search(op, q, std::min(queries, op.num_queries - q), slice_begin(slice, slices, op.num_keys, block),
+           slice_begin(slice + 1, slices, op.num_keys, block), lists);
   });
 
   for (int64_t q = 0; q < op.num_queries; ++q) {

@@ -22,6 +22,9 @@ inline V div(V a, V b) { return _mm256_div_ps(a, b); }
 inline V clamp(V a, float lo, float hi) { return _mm256_min_ps(_mm256_max_ps(a, set1(lo)), set1(hi)); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline bool any_greater(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+inline bool any_not_less(V a, V b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)) != 0;
+}  // NaN is not
 
 // 2^n of an integer n that sits in the low bits of `biased`, as kRounder + n leaves it there.
 inline V pow2(V biased) {

@@ -23,6 +23,7 @@ inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V clamp(V a, float lo, float hi) { return _mm512_min_ps(_mm512_max_ps(a, set1(lo)), set1(hi)); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline bool any_greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+inline bool any_not_less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) != 0; }  // NaN is not
 
 // 2^n of an integer n that sits in the low bits of `biased`, as kRounder + n leaves it there.
 inline V pow2(V biased) {

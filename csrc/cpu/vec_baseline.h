@@ -28,6 +28,9 @@ inline V pow2(V biased) {
 }
 inline V fma(V a, V b, V c) { return a * b + c; }  // two roundings: built with -ffp-contract=off
 inline bool any_greater(V a, V b) { return a[0] > b[0] || a[1] > b[1] || a[2] > b[2] || a[3] > b[3]; }
+inline bool any_not_less(V a, V b) {
+  return !(a[0] < b[0] && a[1] < b[1] && a[2] < b[2] && a[3] < b[3]);
+}  // NaN is not
 
 inline V load(const float* p) {
   V v;
