@@ -338,6 +338,8 @@ def isa_check(isa):
             found = ops.key_search(query, keys, top_k=5, backend="cpu")
             check_search(found, query, keys, top_k=5)
             results[-1] += found
+            coded = ops.key_search(query, keys, top_k=5, codes=ops.key_codes(keys), backend="cpu")
+            assert all(torch.equal(a, f) for a, f in zip(coded, found, strict=True))
             for b in (0, 31, 32):
                 alone = ops.key_search(query[b : b + 1], keys, top_k=5, backend="cpu")
                 assert all(torch.equal(a[0], f[b]) for a, f in zip(alone, found, strict=True))
