@@ -24,7 +24,7 @@ import numpy
 
 TOLERANCE = 0.15
 STATISTICS_RANK, QUANTILES = 512, 1001  # of a task; `SLMConfig.statistics_rank`, `task_statistics`
-CODE_BYTES = 8  # of a key beside its codes: scale and norm
+CODE_BYTES = 12  # of a key beside its codes: scale and two norms
 
 
 @dataclass(frozen=True)

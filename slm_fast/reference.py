@@ -132,6 +132,10 @@ class KeyCodes:
     def device(self) -> torch.device:
         return self.codes.device
 
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.bounds.nbytes
+
     @classmethod
     def zeros(cls, num_keys: int, dim: int, device: torch.device) -> "KeyCodes":
         blocks = (num_keys + CODE_KEYS - 1) // CODE_KEYS
