@@ -9,6 +9,7 @@ dense       the authors' method: W + dW in every layer, one row at a time; one r
 """
 
 import copy
+import functools
 import statistics
 from collections.abc import Callable
 
@@ -30,10 +31,16 @@ PROMPT_SEED = 1
 SHOWN = ("frozen", "off", "on", "peft", "merged")
 
 
+@functools.cache
+def _smol() -> torch.nn.Module:
+    """Read once: a GGUF file takes long."""
+    return load_base("smollm2")[0]
+
+
 def make_base(name: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
     """SmolLM2-135M, or two layers of LLaMA-2-7B's shape with random weights."""
     if name == "smol":
-        return load_base("smollm2")[0].to(dtype).eval()
+        return copy.deepcopy(_smol()).to(dtype).eval()
     return random_llama(4096, 11008, 2, 32, 32000, dtype).eval()
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 MIN_SECONDS = 0.002  # of a sample: shorter calls are repeated in it
+LONG = 0.05  # seconds of a call to which the state of the caches makes no difference
 PAUSE = 0.003  # libraries with OpenMP pools of their own spin for a while after each call
 
 
@@ -116,20 +117,22 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
-def take_turns(runs: dict[str, Callable], copies: int, effort: Effort, clock) -> dict[str, list[float]]:
-    """Seconds per call of each contender, a sample a round, in ever another order."""
-    repeats, turn, samples = {}, dict.fromkeys(runs, 0), {name: [] for name in runs}
+def take_turns(
+    runs: dict[str, Callable], first: dict[str, float], copies: int, effort: Effort, clock
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, a sample a round, in ever another order; `first`: of first calls."""
+    once, turn, samples = dict(first), dict.fromkeys(runs, 0), {name: [] for name in runs}
     for name, run in runs.items():
-        run(0)
-        once = clock(run, 1 % copies, 1)
-        repeats[name] = max(1, math.ceil(MIN_SECONDS / max(once, 1e-7)))
+        if first[name] < LONG:  # the first one may have had something to set up
+            once[name] = clock(run, 1 % copies, 1)
+    repeats = {name: max(1, math.ceil(MIN_SECONDS / max(seconds, 1e-7))) for name, seconds in once.items()}
     order, begin = random.Random(0), time.perf_counter()
     for done in range(effort.most):
         if done >= effort.least and time.perf_counter() - begin > effort.seconds:
             break
         for name in order.sample(list(runs), len(runs)):
             clock.pause()
-            if copies == 1:
+            if copies == 1 and once[name] < LONG:
                 runs[name](0)  # what the contender before left in the caches must not count
             samples[name].append(clock(runs[name], turn[name], repeats[name]))
             turn[name] += repeats[name]
@@ -152,10 +155,12 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
     clock = clock or Wall()
     record = {"section": case.section, "case": case.name, "axes": case.axes, "ours": case.ours}
     record |= {"bytes": case.bytes, "operations": case.operations, "clock": clock.name, "contenders": {}}
-    runs, found = {}, record["contenders"]
+    runs, first, found = {}, {}, record["contenders"]
     for contender in case.contenders:
         try:
+            begin = time.perf_counter()
             result = contender.run(0)
+            first[contender.name] = time.perf_counter() - begin
             reason = contender.check(result) if contender.check else None
             del result
         except Exception as error:  # a peer's failure is a finding; ours is raised below
@@ -168,7 +173,7 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
             raise RuntimeError(f"{case.section}, {case.name}: {reason}; nothing is timed")
         else:
             found[contender.name]["error"] = reason
-    samples = take_turns(runs, case.copies, effort, clock)
+    samples = take_turns(runs, first, case.copies, effort, clock)
     scales = {contender.name: contender.scale for contender in case.contenders}
     for name, taken in samples.items():
         found[name] |= numbers_of(taken, samples.get(case.ours), scales[name], scales.get(case.ours, 1.0))

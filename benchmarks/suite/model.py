@@ -51,7 +51,7 @@ def decode_case(name: str, base: nn.Module, rows: int) -> Case:
     exact = [Decoder(common.exact_forward(model, r), rows, vocab).read_prompt() for r in (routing, None)]
     common.verify(got, *exact)
     if natural_dtype() != base.dtype:
-        decoders["frozen fp32"] = Decoder(copy.deepcopy(base).float(), rows, vocab)
+        decoders["frozen fp32"] = Decoder(copy.deepcopy(base).to(torch.float32), rows, vocab)
         decoders["frozen fp32"].read_prompt()
     distinct, features = common.distinct_entries(routing), factor_features(model)
     size = read_bytes(base, distinct * RANK * features * 2)

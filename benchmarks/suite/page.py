@@ -121,7 +121,11 @@ def table(records: list[dict], ceilings: dict) -> str:
             if "error" in found:
                 rows.append([*row, "", "", "", found["error"]])
                 continue
-            also = [f"{key.replace('_', ' ')} {value:,.3g}" for key, value in found.items() if key in ALSO]
+            also = [
+                f"{key.replace('_', ' ')} {value:,.3g}"
+                for key, value in found.items()
+                if key in ALSO and value is not None
+            ]
             row += [milliseconds(found.get("seconds"))]
             row += [
                 f"{milliseconds(found['low'])} to {milliseconds(found['high'])}" if "low" in found else ""
