@@ -68,7 +68,7 @@ class Effort:
     seconds: float
 
 
-QUICK, FULL = Effort(5, 15, 1.0), Effort(9, 40, 6.0)
+QUICK, FULL = Effort(3, 15, 1.0), Effort(5, 40, 5.0)
 
 
 class Wall:
@@ -120,7 +120,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 def take_turns(
     runs: dict[str, Callable], first: dict[str, float], copies: int, effort: Effort, clock
 ) -> dict[str, list[float]]:
-    """Seconds per call of each contender, a sample a round, in ever another order; `first`: of first calls."""
+    """Seconds per call of each contender, a sample a round, in ever another order. first: of first calls."""
     once, turn, samples = dict(first), dict.fromkeys(runs, 0), {name: [] for name in runs}
     for name, run in runs.items():
         if first[name] < LONG:  # the first one may have had something to set up

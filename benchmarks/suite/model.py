@@ -125,10 +125,11 @@ def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
         for rows in (1, 8) if quick else (1, 8, 16, 32):
             yield tokens_per_second(measure(decode_case(name, base, rows), effort))
         base = base.to(natural_dtype())
-        for rows, tokens in ((1, 128),) if quick else ((1, 128), (8, 128), (8, 512)):
+        sizes = ((1, 128),) if quick or name == "7b" else ((1, 128), (1, 512), (8, 32), (8, 128))
+        for rows, tokens in sizes:
             yield tokens_per_second(measure(prefill_case(name, base, rows, tokens), effort))
         if not quick:
-            yield memory_record(name, 16, 10, 3)
+            yield memory_record(name, 16, 10, 1)
     contenders = ("frozen", "engine", "peft", "dense")
     yield tokens_per_second(measure(step_case("wide", *((4, 32) if quick else (8, 128)), contenders), effort))
 
