@@ -6,7 +6,7 @@ A record of a case holds
     axes              {what varies: value}, for plots
     ours              the contender that ratios are about
     bytes, operations of one call of ours: the least that must be read, and multiply-adds counted twice
-    clock             "wall" (CPU) or "events" (CUDA; "graph": replayed from a CUDA graph)
+    clock             "wall" (CPU), or "events" (CUDA, no graphs: `bench_gpu_ops.py` captures ops in them)
     contenders        {name: numbers}; `seconds` is the median, `low` and `high` the 20% and 80% quantiles,
                       and `ratio`, `ratio_low`, `ratio_high` the same of (its seconds / ours) by pairs: the
                       two samples of a round drift together. `error` instead: why it has no time
