@@ -412,12 +412,17 @@ class KnowledgePool(nn.Module):
 
     def refresh_index(self, slots: list[int] | None = None) -> None:
         """Recompute what is searched from the raw keys: of some slots, or of all after the metric changed."""
-        self._faiss = None
-        if self.index_keys.shape != self.keys.shape or slots is None:
-            self.index_keys, self.index_bias = self.metric.index(self.keys)
-            self.index_bias = torch.where(self.active, self.index_bias, torch.zeros_like(self.index_bias))
+        self._faiss, count = None, self._num_slots
+        if slots is None or self.index_keys.shape[1] != self.keys.shape[1]:
+            self.index_keys, self.index_bias = self.metric.index(self.keys[:count])
+            self.index_bias = self.index_bias.masked_fill(~self.active[:count], 0.0)
             self._codes = None
         else:
+            if len(self.index_keys) < count:
+                self.index_keys, self.index_bias = (
+                    grown(t, count) for t in (self.index_keys, self.index_bias)
+                )
+                self._codes = None
             self.index_keys[slots], self.index_bias[slots] = self.metric.index(self.keys[slots])
             if self._codes is not None:
                 ops.key_codes(self.index_keys, out=self._codes, rows=slots, backend=self.backend)
@@ -480,7 +485,7 @@ class KnowledgePool(nn.Module):
                 raise ValueError(f"tasks has {len(tasks)} rows, the batch has {query.shape[0]}")
             distinct = {t: self.active if t is None else self._task_mask(t) for t in set(tasks)}
             mask = torch.stack([distinct[t] for t in tasks]) if tasks else self.active.expand(0, -1)
-        config = self.config
+        mask, config = mask[..., : len(self.index_keys)], self.config  # slots that were ever used
         if config.mixing == "batch" and mask.ndim == 2:
             raise ValueError('mixing="batch" shares one mixture and cannot restrict rows to different tasks')
         calibrated = config.min_similarity == "auto"
@@ -488,7 +493,7 @@ class KnowledgePool(nn.Module):
         options["min_similarity"] = None if calibrated else config.min_similarity
         if tasks is None and config.faiss_above is not None and self.num_entries > config.faiss_above:
             if self._faiss is None:
-                self._faiss = FaissIndex(self.index_keys, self.index_bias, self.active)
+                self._faiss = FaissIndex(self.index_keys, self.index_bias, mask)
             found = self._faiss.search(features, **options)
         else:
             options |= dict(codes=self._index_codes(), backend=self.backend)
