@@ -3,11 +3,11 @@
     python benchmarks/compare.py BEFORE.json AFTER.json [--least 3]
 
 Times are compared as ratios to the frozen model, or PyTorch, in the same run, so that a faster or busier
-machine does not count; memory as it is; in results of the suite every share that should be high by what it
-fell. A case is worse when its ratio grew by more than the noise that the two runs measured (half the distance
-of the quantiles, in other results those of ours and the reference together), and by at least `--least`
-percent. Cases that only one file has are named. The exit status is 1 if anything is worse or failed, 2 if
-there is nothing to compare.
+machine does not count; memory as it is; in results of the suite routing and accuracy by the share that they
+miss. A case is worse when that grew by more than the noise that the two runs measured (half the distance of
+the quantiles, in other results those of ours and the reference together), and by at least `--least` percent.
+Cases that only one file has are named. The exit status is 1 if anything is worse, or a section of the suite
+failed that did not before, 2 if there is nothing to compare.
 """
 
 import argparse
@@ -84,6 +84,19 @@ def costs(record: dict) -> Iterator[tuple[str, Cost]]:
             yield name, Cost(times[name] / times[reference], noise(name) + noise(reference))
 
 
+def lost(before: dict, after: dict) -> list[str]:
+    """Sections of the suite that failed in `after` and did not before."""
+    new = {name: why for name, why in after.get("failed", {}).items() if name not in before.get("failed", {})}
+    return [f"WORSE {name} failed: {why}" for name, why in new.items() if name in before.get("seconds", {})]
+
+
+def same_machine(before: dict, after: dict) -> bool:
+    """Whether two results are of one kind of machine; what varies from run to run does not count."""
+    names = ("cpu", "card", "threads", "isa", "torch", "transformers", "triton", "driver")
+    a, b = ({name: result.get("machine", {}).get(name) for name in names} for result in (before, after))
+    return a == b and before.get("quick") == after.get("quick")
+
+
 def suite_cases(result: dict) -> dict[str, Cost]:
     """Of the suite: ours over a peer of the same run, bytes in memory, and scores by what they lose."""
     found = {}
@@ -96,8 +109,8 @@ def suite_cases(result: dict) -> dict[str, Cost]:
         if ours.get("memory_bytes"):
             found[f"{case}: memory"] = Cost(ours["memory_bytes"], NOISE)
         for share in ("average", "routing"):
-            if share in ours:
-                found[f"{case}: 1 - {share}"] = Cost(2 - ours[share], 0.0)
+            if ours.get(share) is not None:
+                found[f"{case}: share missed, {share}"] = Cost(1 - ours[share], NOISE)
     return found
 
 
@@ -145,10 +158,11 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    if before.get("machine") != after.get("machine"):
-        print("the machines differ: ratios to the reference need not be the same on both")
-    print("\n".join(lines))
-    return int(bad)
+    if not same_machine(before, after):
+        print("the machines, or the modes, differ: ratios to the reference need not be the same on both")
+    failed = lost(before, after)
+    print("\n".join(failed + lines))
+    return int(bad or bool(failed))
 
 
 if __name__ == "__main__":

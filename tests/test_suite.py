@@ -135,8 +135,24 @@ def test_mixture_cases_are_right():
         for contender in case.contenders:
             assert contender.check(contender.run(0)) is None, (case.name, contender.name)
     assert kinds == {"update", "flat", "layer", "step"}
-    wrong = case.contenders[0].run(0) * 1.01
-    assert "wrong result" in case.contenders[0].check(wrong)
+    ours, right = case.contenders[0], case.contenders[0].run(0)
+    for wrong in range(4):  # y, dx, dA, dB of a step
+        broken = [t * 1.001 if i == wrong else t for i, t in enumerate(right)]
+        assert "wrong result" in ours.check(broken)
+
+
+@pytest.mark.parametrize(("popularity", "distinct"), [("distinct", 16), ("identical", 2), ("zipf", None)])
+def test_copies_touch_more_than_the_caches_and_nothing_twice(popularity, distinct):
+    from suite import machine, mixture
+
+    case = mixture.update_case(8, 1, 32, 8, 2, popularity, "cpu")
+    assert distinct is None or case.axes["distinct"] == distinct
+    touched = 2 * case.axes["distinct"] * 8 * mixture.FEATURES * 4
+    assert case.copies * touched >= 2 * machine.cache_bytes("cpu")
+    assert case.axes["entries"] % case.copies == 0
+    for contender in case.contenders[:2]:
+        first, last = contender.run(0).clone(), contender.run(case.copies - 1)
+        assert contender.check(first) is None and contender.check(last) is not None  # other entries
 
 
 @pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf", "identical"])
@@ -232,6 +248,35 @@ def test_results_are_compared():
     larger = a_result()
     larger["results"][0]["contenders"]["slm_fast"]["memory_bytes"] = 1500
     assert compare.compare(a_result(), larger)[1]
+
+
+def test_a_section_that_began_to_fail_is_worse(tmp_path, capsys):
+    import compare
+
+    broken = a_result() | {"failed": {"search": "RuntimeError: wrong result"}}
+    broken["results"] = broken["results"][:1]
+    other = copy.deepcopy(a_result())
+    other["machine"] |= {"commit": "abc", "megahertz": 1.0}
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    for path, result in zip(paths, (a_result(), broken, other), strict=True):
+        path.write_text(json.dumps(result))
+    names = [str(path) for path in paths]
+    assert compare.main(names[:2]) == 1 and "WORSE search failed" in capsys.readouterr().out
+    assert compare.main([names[1], names[1]]) == 0
+    assert compare.main([names[0], names[2]]) == 0 and "differ" not in capsys.readouterr().out.splitlines()[0]
+
+
+def test_scores_are_compared_by_what_they_miss():
+    import compare
+
+    def learnt(routing):
+        record = {"section": "quality", "case": "c", "axes": {}, "ours": "slm"}
+        record["contenders"] = {"slm": {"average": None, "routing": routing}}
+        return a_result() | {"results": [record]}
+
+    assert compare.compare(learnt(0.98), learnt(0.955))[1]
+    assert not compare.compare(learnt(0.98), learnt(0.98))[1]
+    assert not compare.compare(learnt(0.955), learnt(0.98))[1]
 
 
 def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):

@@ -25,18 +25,19 @@ import torch
 
 MIN_SECONDS = 0.002  # of a sample: shorter calls are repeated in it
 LONG = 0.05  # seconds of a call to which the state of the caches makes no difference
+VERY_LONG = 1.0  # seconds of a first call that no second one is needed to judge
 PAUSE = 0.003  # libraries with OpenMP pools of their own spin for a while after each call
 
 
 @dataclass
 class Contender:
     """`run(i)` does the work on the i-th copy of the inputs; `check(result)` says why a result is wrong, or
-    None. `numbers` go into the record as they are: recall, bytes in memory."""
+    None. `numbers(result)` go into the record as they are: recall, bytes in memory."""
 
     name: str
     run: Callable[[int], object]
     check: Callable[[object], str | None] | None = None
-    numbers: dict = field(default_factory=dict)
+    numbers: Callable[[object], dict] | None = None
     scale: float = 1.0
 
 
@@ -44,7 +45,8 @@ class Contender:
 class Case:
     """`copies`: of the inputs, which calls take in turns, so that each finds the caches cold.
 
-    `skipped`: {contender: why it does not take part}.
+    warm: right after a call that is not timed, where there is one copy and calls are short.
+    skipped: {contender: why it does not take part}.
     """
 
     section: str
@@ -55,6 +57,7 @@ class Case:
     bytes: int | None = None
     operations: int | None = None
     copies: int = 1
+    warm: bool = True
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -96,13 +99,17 @@ class Events:
 
     def __call__(self, run: Callable[[int], object], first: int, repeats: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        run(first)
+        run(first - 1)
         begin.record()
         for i in range(first, first + repeats):
             run(i)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e-3 / repeats
+
+
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:200]}"
 
 
 def clock_of(device: str) -> Wall | Events:
@@ -118,13 +125,13 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def take_turns(
-    runs: dict[str, Callable], first: dict[str, float], copies: int, effort: Effort, clock
+    runs: dict[str, Callable], first: dict[str, float], case: Case, effort: Effort, clock
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, a sample a round, in ever another order. first: of first calls."""
     once, turn, samples = dict(first), dict.fromkeys(runs, 0), {name: [] for name in runs}
     for name, run in runs.items():
-        if first[name] < LONG:  # the first one may have had something to set up
-            once[name] = clock(run, 1 % copies, 1)
+        if first[name] < VERY_LONG:  # the first one may have had something to set up
+            once[name] = clock(run, 1 % case.copies, 1)
     repeats = {name: max(1, math.ceil(MIN_SECONDS / max(seconds, 1e-7))) for name, seconds in once.items()}
     order, begin = random.Random(0), time.perf_counter()
     for done in range(effort.most):
@@ -132,7 +139,7 @@ def take_turns(
             break
         for name in order.sample(list(runs), len(runs)):
             clock.pause()
-            if copies == 1 and once[name] < LONG:
+            if case.warm and case.copies == 1 and once[name] < LONG:
                 runs[name](0)  # what the contender before left in the caches must not count
             samples[name].append(clock(runs[name], turn[name], repeats[name]))
             turn[name] += repeats[name]
@@ -162,10 +169,11 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
             result = contender.run(0)
             first[contender.name] = time.perf_counter() - begin
             reason = contender.check(result) if contender.check else None
+            numbers = contender.numbers(result) if contender.numbers else {}
             del result
         except Exception as error:  # a peer's failure is a finding; ours is raised below
-            reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        found[contender.name] = dict(contender.numbers)
+            reason, numbers = reason_of(error), {}
+        found[contender.name] = numbers
         if reason is None:
             run = contender.run
             runs[contender.name] = lambda i, run=run: run(i % case.copies)
@@ -173,7 +181,7 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
             raise RuntimeError(f"{case.section}, {case.name}: {reason}; nothing is timed")
         else:
             found[contender.name]["error"] = reason
-    samples = take_turns(runs, first, case.copies, effort, clock)
+    samples = take_turns(runs, first, case, effort, clock)
     scales = {contender.name: contender.scale for contender in case.contenders}
     for name, taken in samples.items():
         found[name] |= numbers_of(taken, samples.get(case.ours), scales[name], scales.get(case.ours, 1.0))

@@ -117,10 +117,10 @@ def run(sections: list[str], quick: bool, device: str, folder: Path) -> dict:
                 result["results"].append(record)
                 print("\n".join(lines(record, ceilings)), flush=True)
                 write(result, folder)
+            result["targets"] += SECTIONS[section].targets(found, ceilings)
         except (Exception, SystemExit) as error:  # the next section must not suffer; the status says it
             result["failed"][section] = f"{type(error).__name__}: {error}"
             print(f"FAILED: {result['failed'][section]}", flush=True)
-        result["targets"] += SECTIONS[section].targets(found, ceilings)
         result["seconds"][section] = round(time.perf_counter() - begin, 1)
         write(result, folder)
         gc.collect()

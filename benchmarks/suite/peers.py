@@ -7,7 +7,7 @@ error.
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ def folded(pool, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return A.flatten(1, 2).contiguous(), B.flatten(1, 2).mT.contiguous()
 
 
-def vllm_update(pool, x: Tensor, y: Tensor, indices: Tensor, weights: Tensor) -> Callable[[int], Tensor]:
+def vllm_update(
+    pool, x: Tensor, y: Tensor, picks: Sequence[Tensor], weights: Tensor
+) -> Callable[[int], Tensor]:
     """vLLM's shrink and expand."""
     from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
-    A, B = folded(pool, indices, weights)
-    rows, out = len(x), y.clone()
-    u = torch.empty(1, rows, A.shape[1], dtype=torch.float32, device=x.device)
+    adapters = [folded(pool, indices, weights) for indices in picks]
+    rows, rank, out = len(x), adapters[0][0].shape[1], y.clone()
+    u = torch.empty(1, rows, rank, dtype=torch.float32, device=x.device)
     meta = LoRAKernelMeta.make(rows, rows, x.device)
     meta.prepare_tensors(torch.arange(rows, dtype=torch.int32, device=x.device))
     try:
@@ -34,7 +36,8 @@ def vllm_update(pool, x: Tensor, y: Tensor, indices: Tensor, weights: Tensor) ->
     except TypeError:  # newer ones also ask whether to specialise on the number of adapters
         args = meta.meta_args(rows, False)
 
-    def run(_):
+    def run(i):
+        A, B = adapters[i]
         lora_shrink(x, [A], u, *args, 1.0)
         lora_expand(u, [B], out.copy_(y), *args, offset_start=0, add_inputs=True)
         return out
@@ -42,13 +45,15 @@ def vllm_update(pool, x: Tensor, y: Tensor, indices: Tensor, weights: Tensor) ->
     return run
 
 
-def sglang_update(pool, x: Tensor, y: Tensor, indices: Tensor, weights: Tensor) -> Callable[[int], Tensor]:
+def sglang_update(
+    pool, x: Tensor, y: Tensor, picks: Sequence[Tensor], weights: Tensor
+) -> Callable[[int], Tensor]:
     """SGLang's segmented products, a segment a row."""
     from sglang.srt.lora.triton_ops import sgemm_lora_a_fwd, sgemm_lora_b_fwd
     from sglang.srt.lora.utils import LoRABatchInfo
 
-    A, B = folded(pool, indices, weights)
-    rows, rank, device = len(x), A.shape[1], x.device
+    adapters = [folded(pool, indices, weights) for indices in picks]
+    rows, rank, device = len(x), adapters[0][0].shape[1], x.device
     each = torch.arange(rows + 1, dtype=torch.int32, device=device)
     values = dict(
         use_cuda_graph=False,
@@ -65,7 +70,12 @@ def sglang_update(pool, x: Tensor, y: Tensor, indices: Tensor, weights: Tensor) 
     known = {field.name for field in dataclasses.fields(LoRABatchInfo)}
     info = LoRABatchInfo(**{name: value for name, value in values.items() if name in known})
     out = y.clone()
-    return lambda _: sgemm_lora_b_fwd(sgemm_lora_a_fwd(x, A, info), B, info, out.copy_(y))
+
+    def run(i):
+        A, B = adapters[i]
+        return sgemm_lora_b_fwd(sgemm_lora_a_fwd(x, A, info), B, info, out.copy_(y))
+
+    return run
 
 
 UPDATES = {"vllm": vllm_update, "sglang": sglang_update}

@@ -1,8 +1,9 @@
 """What is learnt: the continual-learning tables, from the same code as `slm-fast learn`.
 
 In quick mode three tasks of installed documentation, a hundred texts each, on all-MiniLM-L6-v2; in full mode
-the protocols of `bench_continual.py` that the data folder holds (hours). Contenders are methods, and their
-numbers shares: `average`, `forgetting` (max minus last), and for ours `routing`.
+the protocols of `bench_continual.py` (hours), kept in `RUNS`: finished ones there, and tasks that were
+trained, are only read, whoever made them. Contenders are methods, and their numbers shares: `average`,
+`forgetting` (max minus last), and for ours `routing`.
 """
 
 import json
@@ -16,6 +17,7 @@ import bench_continual
 from slm_fast.cli import main as slm_fast
 from suite.cases import Effort
 
+RUNS = Path("runs")
 QUICK = [
     "--data",
     "docs",
@@ -52,7 +54,7 @@ def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
     if "SLM_FAST_DATA" not in os.environ:
         raise RuntimeError("the protocols need SLM_FAST_DATA, a folder with the data sets")
     for name in bench_continual.PROTOCOLS:
-        for run in bench_continual.run(name, Path("runs"), None):
+        for run in bench_continual.run(name, RUNS, None):
             yield as_record(run, f"{name}: {run['name']}")
 
 
