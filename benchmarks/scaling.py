@@ -1,7 +1,7 @@
 """The scaling model: bytes, time and memory of each phase, for a model, a pool, a batch and a machine.
 
-    python benchmarks/scaling.py SUITE.json ...               errors against every measured point
-    python benchmarks/scaling.py SUITE.json ... --write       also docs/scaling.md and its plots
+    python benchmarks/scaling.py SUITE.json [DECODE.json ...]             errors against every measured point
+    python benchmarks/scaling.py SUITE.json [DECODE.json ...] --write     also docs/scaling.md and its plot
 
 Bytes and operations are counted from shapes. What a machine makes of them are a few constants a phase,
 
@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy
 
 TOLERANCE = 0.15
+SERIAL_CODES, SERIAL_UPDATE = 1_000_000, 300_000  # multiply-adds below which one thread does it (csrc/cpu)
+HIDDEN = 4  # queries whose products hide behind the reads of the codes
 SLOT_BYTES = 4 + 4 + 4 + 1 + 8 + 8 + 8  # of a slot: start, rank, scaling, active, two versions, task
 STATISTICS_RANK, QUANTILES = 512, 1001  # of a task; `SLMConfig.statistics_rank`, `task_statistics`
 CODE_BYTES = 12  # of a key beside its codes: scale and two norms
@@ -154,10 +156,29 @@ def points(result: dict) -> Iterator[Point]:
             yield Point("prefill", record["case"], (1e-3, work), ours["seconds"])
 
 
+def decode_points(result: dict, rate: float) -> Iterator[Point]:
+    """Of a result of `bench_decode.py` on the machine of a suite result, whose product rate is `rate`."""
+    for record in result["results"]:
+        if record["targets"] == "all":
+            rows, shape = record["rows"], SHAPES[record["model"]]
+            distinct = min(record["entries"], 2 * rows)
+            found = decode_features(shape, rows, distinct, 8, 2, result["bytes_per_second"], rate)
+            name = f"decode, {record['model']}, {rows} rows, bench_decode"
+            yield Point("decoding", name, found, record["milliseconds"]["on"] / 1e3)
+
+
 def search_features(keys: int, dim: int, queries: int, read: float, rate: float, cache: int) -> tuple:
-    """(a call, a query, codes from memory, multiply-adds); groups of 16 queries read the codes again"""
+    """(a call, a query, a block of 32 keys for a query, codes from memory, products by one thread, by all)
+
+    Groups of 16 queries read the codes again. Products of few queries hide behind the reads, and reads behind
+    the products of many: the shorter counts nothing.
+    """
     size = keys * (dim + CODE_BYTES) * math.ceil(queries / 16)
-    return 1e-6, queries * 1e-6, (size if size > cache / 2 else 0) / read, 2 * queries * keys * dim / rate
+    products = 2 * queries * keys * dim / rate
+    serial, blocks = queries * keys * dim < SERIAL_CODES, queries * math.ceil(keys / 32) * 1e-9
+    moved = size / read if size > cache / 2 and queries <= HIDDEN else 0.0
+    parallel = 0.0 if serial or moved else products
+    return 1e-6, queries * 1e-6, blocks, moved, products if serial else 0.0, parallel
 
 
 def refresh_features(keys: int, dim: int, rate: float) -> tuple:
@@ -168,17 +189,21 @@ def refresh_features(keys: int, dim: int, rate: float) -> tuple:
 def update_features(
     rows: int, distinct: int, rank: int, top_k: int, read: float, features: int = 576
 ) -> tuple:
-    """(a call, a row, the touched factors from memory)"""
-    return 1e-6, rows * 1e-6, (2 * distinct * rank * features + 4 * rows * features) * 4 / read
+    """(a call, a row; factors from memory, and factors that are picked again, by one thread; and by all)"""
+    one = 2 * rank * features * 4 / read
+    moved, again = distinct * one, (rows * top_k - distinct) * one
+    if rows * top_k * rank * 2 * features < SERIAL_UPDATE:
+        return 1e-6, rows * 1e-6, moved, again, 0.0, 0.0
+    return 1e-6, rows * 1e-6, 0.0, 0.0, moved, again
 
 
 def decode_features(
     shape: Shape, rows: int, distinct: int, rank: int, top_k: int, read: float, rate: float, size: int = 2
 ) -> tuple:
-    """(weights and factors from memory, multiply-adds of both, calls: a linear)"""
+    """(weights and factors from memory, multiply-adds of both, a layer)"""
     moved = (shape.weights + distinct * rank * shape.features) * size
     work = 2 * rows * (shape.weights + top_k * rank * shape.features)
-    return moved / read, work / rate, shape.layers * 7 * 1e-6
+    return moved / read, work / rate, shape.layers * 1e-3
 
 
 def fit(points: Sequence[Point]) -> numpy.ndarray:
@@ -242,10 +267,9 @@ class Machine:
     constants: dict[str, numpy.ndarray]
 
     @classmethod
-    def of(cls, result: dict) -> "Machine":
+    def of(cls, result: dict, measured: Sequence[Point]) -> "Machine":
         ceilings, machine = result["ceilings"], result["machine"]
-        phases = by_phase(list(points(result)))
-        constants = {phase: fit(members) for phase, members in phases.items() if len(members) > 1}
+        constants = {phase: fit(found) for phase, found in by_phase(measured).items() if len(found) > 1}
         name = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
         rate, read = ceilings["operations_per_second"]["float32"], ceilings["read_bytes_per_second"]
         return cls(name, read, rate, machine.get("cache_bytes", 32 << 20), constants)
@@ -311,24 +335,24 @@ def print_check(checked: dict[str, list[Checked]]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+", type=Path, help="results of the suite, one a machine")
-    parser.add_argument(
-        "--write", action="store_true", help="docs/scaling.md and docs/scaling.png, for the first"
-    )
+    parser.add_argument("suite", type=Path, help="result of the suite")
+    parser.add_argument("more", nargs="*", type=Path, help="results of bench_decode.py on the same machine")
+    parser.add_argument("--write", action="store_true", help="docs/scaling.md and docs/scaling.png")
     args = parser.parse_args()
-    results = [json.loads(path.read_text(encoding="utf8")) for path in args.results]
-    machines = [Machine.of(result) for result in results]
-    checked = {}
-    for machine, result in zip(machines, results, strict=True):
-        checked.setdefault(machine.name, []).extend(check(list(points(result))))
-    if not any(checked.values()):
+    result, *more = (json.loads(path.read_text(encoding="utf8")) for path in (args.suite, *args.more))
+    measured, rate = list(points(result)), result["ceilings"]["operations_per_second"]["float32"]
+    for other in more:
+        measured += decode_points(other, rate)
+    machine, found = Machine.of(result, measured), check(measured)
+    if not found:
         raise SystemExit("no phase has three points: run more of the suite")
+    checked = {machine.name: found}
     good = print_check(checked)
     if args.write:
         from scaling_page import write
 
-        words = ["python benchmarks/scaling.py", *map(str, args.results), "--write"]
-        write(machines[0], checked, " ".join(words))
+        words = ["python benchmarks/scaling.py", str(args.suite), *map(str, args.more), "--write"]
+        write(machine, checked, " ".join(words))
     worst = max(abs(c.error) for found in checked.values() for c in found)
     count = sum(map(len, checked.values()))
     print(json.dumps({"within": good, "largest_error": round(worst, 3), "points": count}))
