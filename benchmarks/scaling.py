@@ -108,6 +108,10 @@ class Pool:
         task = self.dim * (2 * STATISTICS_RANK + 8 + 4) + 4 * QUANTILES
         return round(self.tasks * task + 4 * self.dim**2)
 
+    def of_an_entry(self, shape: Shape) -> tuple[int, int]:
+        """(bytes of its factors, of its keys and codes), without room to grow."""
+        return self.rank * shape.features * self.size, 9 * self.dim + CODE_BYTES + SLOT_BYTES + 4
+
     def memory(self, shape: Shape) -> int:
         return self.factors(shape) + self.index + self.statistics
 
@@ -176,8 +180,9 @@ def search_features(keys: int, dim: int, queries: int, read: float, rate: float,
     size = keys * (dim + CODE_BYTES) * math.ceil(queries / 16)
     products = 2 * queries * keys * dim / rate
     serial, blocks = queries * keys * dim < SERIAL_CODES, queries * math.ceil(keys / 32) * 1e-9
-    moved = size / read if size > cache / 2 and queries <= HIDDEN else 0.0
-    parallel = 0.0 if serial or moved else products
+    outside = min(1.0, max(0.0, 2 * size / cache - 1))  # of what does not stay in half of the cache
+    moved = outside * size / read if queries <= HIDDEN else 0.0
+    parallel = 0.0 if serial else products * (1 - outside if queries <= HIDDEN else 1)
     return 1e-6, queries * 1e-6, blocks, moved, products if serial else 0.0, parallel
 
 

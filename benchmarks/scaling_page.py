@@ -21,13 +21,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def costs_section() -> list[str]:
     rows = []
     for key in ("minilm", "smol", "llama7b", "llama70b"):
-        shape, task, entry = SHAPES[key], Pool(4), Pool(1)
-        statistics = task.statistics - 4 * task.dim**2
-        cells = [entry.factors(shape), entry.index, task.factors(shape), statistics, task.memory(shape)]
+        shape, task = SHAPES[key], Pool(4)
+        factors, keys = task.of_an_entry(shape)
+        own = task.statistics - 4 * task.dim**2
+        cells = [factors, keys, 4 * factors, own, 4 * (factors + keys) + own]
         rows.append([shape.name, *(amount(size) for size in cells)])
     header = ["rank 8, all linears, bf16", "factors of an entry", "its keys", "factors of a task of 4"]
     header += ["its statistics", "a task in all"]
-    return ["## What an entry and a task take", "", *table(header, rows)]
+    words = "Slabs and slots double when they are full, so a pool may hold up to twice its factors and keys."
+    return ["## What an entry and a task take", "", words, "", *table(header, rows)]
 
 
 def fit_section() -> list[str]:
@@ -41,7 +43,7 @@ def fit_section() -> list[str]:
     ):
         count = tasks_that_fit(SHAPES[key], memory, Pool(4))
         rows.append([SHAPES[key].name, where, f"{count:,}", f"{4 * count:,}"])
-    words = "Tasks of 4 entries, with factors, keys and statistics in the memory that is named."
+    words = "Tasks of 4 entries, with factors, keys, statistics and what doubling leaves free: powers of two."
     return ["## How many tasks fit", "", words, "", *table(["base", "memory", "tasks", "entries"], rows)]
 
 
@@ -53,11 +55,11 @@ def adapter_section(machine: Machine) -> list[str]:
         rows.append([*cells, duration(machine.search(pool)), duration(machine.add(pool))])
     header = ["entries", "factors, LLaMA-2-7B", "keys", "statistics", "search, one query", "adding a task"]
     pool = Pool(10_000)
-    copied = Pool(1).factors(shape)
+    copied, keys = pool.of_an_entry(shape)
     more = machine.search(pool) - machine.search(Pool(9_999))
     text = f"""## What the 10,000th adapter costs
 
-Of LLaMA-2-7B, rank 8 on all linears: {amount(copied)} of factors, {amount(Pool(1).index)} of keys, a
+Of LLaMA-2-7B, rank 8 on all linears: {amount(copied)} of factors, {amount(keys)} of keys, a
 quarter of a task's {amount(Pool(4).statistics - 4 * pool.dim**2)} of statistics; {duration(more)} more for
 every search and {duration(machine.add(pool))} once, when its task is added. A decoding step costs what the
 entries of its batch cost, whatever the pool's size; an entry that is not in a slot of the card is copied
