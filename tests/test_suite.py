@@ -228,9 +228,15 @@ def test_the_page_has_plots_tables_and_failures(tmp_path):
     from suite import page
 
     result = a_result() | {"failed": {"serve": "RuntimeError: <no> model"}}
+    flat = {"section": "mixture", "case": "pools", "axes": {"kind": "flat", "rows": 8}, "ours": "12 entries"}
+    flat |= {"bytes": None, "operations": None, "clock": "wall", "contenders": {}}
+    for count in ("12", "10,000"):
+        flat["contenders"][f"{count} entries"] = {"seconds": 1e-4, "low": 1e-4, "high": 2e-4, "ratio": 1.0}
+    result["results"].append(flat)
     result["targets"] = [{"what": "search", "reached": 2.0, "wanted": ">= 3", "holds": False}]
     text = page.write(result, tmp_path).read_text()
-    assert (tmp_path / "search_keys.png").stat().st_size > 10_000
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("search_keys", "mixture_pool"))
+    assert [r["axes"]["entries"] for r in page.of_pools(result["results"])] == [12, 10_000]
     for part in ("data:image/svg+xml", "&lt;no&gt; model", "&lt;none&gt;", "10000 keys", ">2.00<", "3.00"):
         assert part in text, part
     assert "nan" not in text.split("</style>")[1].lower().split("data:image")[0]

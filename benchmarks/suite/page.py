@@ -48,6 +48,14 @@ PLOTS = (
         "tokens of a row",
         {"kind": "update", "rows": 8, "rank": 8, "top_k": 2, "popularity": "distinct"},
     ),
+    (
+        "mixture_pool",
+        "Mixture, the same picks",
+        "mixture",
+        "entries",
+        "entries of the pool",
+        {"kind": "pool"},
+    ),
     ("decode_rows", "Decoding, SmolLM2-135M", "model", "rows", "rows", {"kind": "decode", "model": "smol"}),
     ("decode_rows_7b", "Decoding, 7B's shape", "model", "rows", "rows", {"kind": "decode", "model": "7b"}),
     (
@@ -61,8 +69,21 @@ PLOTS = (
 )
 
 
+def of_pools(results: list[dict]) -> list[dict]:
+    """Records of the pools that the contenders of a "flat" case are."""
+    found = []
+    for record in results:
+        if record["axes"].get("kind") == "flat":
+            for name, times in record["contenders"].items():
+                axes = {"kind": "pool", "entries": int(name.split()[0].replace(",", ""))}
+                rows = f"slm_fast, {record['axes']['rows']} rows"
+                found.append(record | {"axes": axes, "contenders": {rows: times}})
+    return found
+
+
 def chosen(results: list[dict], section: str, axis: str, having: dict) -> list[dict]:
     """The records of a plot in the order of its axis."""
+    results = results + of_pools(results)
     found = [r for r in results if r["section"] == section and axis in r["axes"]]
     found = [r for r in found if all(r["axes"].get(key) == value for key, value in having.items())]
     return sorted(found, key=lambda record: record["axes"][axis])
