@@ -119,7 +119,7 @@ def test_search_cases_are_right(peers):
         case = search.Problem(300, 384, "cpu", cold=cold, peers=peers).case(5)
         names = [contender.name for contender in case.contenders]
         assert names == ["slm_fast", "slm_fast, no codes", "torch", *peers]
-        assert (case.copies > 1) == cold
+        assert (case.copies > 1) == cold and case.warm is True and case.skipped == {}
         for contender in case.contenders:
             found = contender.run(case.copies - 1)
             assert contender.check is None or contender.check(found) is None

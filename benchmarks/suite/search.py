@@ -170,9 +170,8 @@ class Problem:
         dtype = str(keys[0].dtype).removeprefix("torch.")
         name = f"{num_keys:,} keys x {dim} {dtype}, {num_queries} queries" + (", cold" if self.cold else "")
         operations = 2 * num_keys * dim * num_queries
-        return Case(
-            "search", name, axes, contenders, "slm_fast", scanned, operations, self.copies, self.skipped
-        )
+        options = dict(bytes=scanned, operations=operations, copies=self.copies, skipped=self.skipped)
+        return Case("search", name, axes, contenders, **options)
 
 
 def refresh_case(num_keys: int, dim: int = WIDE) -> Case:
