@@ -42,7 +42,8 @@ class Decoder:
         return self.forward(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
-def measure(base: torch.nn.Module, kind: str, entries: int, rows: int, rounds: int, bandwidth: float) -> dict:
+def verified(base: torch.nn.Module, kind: str, entries: int, rows: int) -> tuple:
+    """(model, routing, {name: Decoder}) of all contenders, which have read the prompt and were right."""
     vocab = base.config.vocab_size
     model, routing, forwards = common.make_contenders(base, TARGETS[kind], entries, rows)
     decoders = {
@@ -51,6 +52,11 @@ def measure(base: torch.nn.Module, kind: str, entries: int, rows: int, rounds: i
     got = {key: decoder.read_prompt() for key, decoder in decoders.items()}
     exact = [Decoder(common.exact_forward(model, r), rows, vocab).read_prompt() for r in (routing, None)]
     common.verify(got, *exact)
+    return model, routing, decoders
+
+
+def measure(base: torch.nn.Module, kind: str, entries: int, rows: int, rounds: int, bandwidth: float) -> dict:
+    model, routing, decoders = verified(base, kind, entries, rows)
     record = common.summary(interleaved(decoders, rounds), rows)
     features = sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
     added_bytes = common.distinct_entries(routing) * RANK * features * 2

@@ -29,8 +29,9 @@ def operations_share(base: nn.Module, model, tokens: int) -> float:
     return mixture / (linears + head.weight.numel() / tokens + attention * tokens)
 
 
-def measure(name: str, base: nn.Module, kind: str, rows: int, tokens: int, rounds: int) -> dict:
-    model, routing, forwards = common.make_contenders(base, TARGETS[kind], ENTRIES[name], rows)
+def verified(base: nn.Module, kind: str, entries: int, rows: int, tokens: int) -> tuple:
+    """(model, routing, {name: prefill}) of all contenders, which were right."""
+    model, routing, forwards = common.make_contenders(base, TARGETS[kind], entries, rows)
     prompt = common.make_prompt(base.config.vocab_size, rows, tokens)
 
     def call(key, forward, ids):
@@ -47,6 +48,11 @@ def measure(name: str, base: nn.Module, kind: str, rows: int, tokens: int, round
     for r in (routing, None):
         exact.append(call("exact", common.exact_forward(model, r), prompt)())
     common.verify({key: run().float() for key, run in calls.items()}, *exact)
+    return model, routing, calls
+
+
+def measure(name: str, base: nn.Module, kind: str, rows: int, tokens: int, rounds: int) -> dict:
+    model, _, calls = verified(base, kind, ENTRIES[name], rows, tokens)
     record = common.summary(interleaved(calls, rounds, warm=False), rows)
     share = 100 * operations_share(base, model, tokens)
     return {"model": name, "targets": kind, "rows": rows, "tokens": tokens, **record, "share_percent": share}

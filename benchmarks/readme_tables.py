@@ -261,7 +261,8 @@ def training_step() -> str:
     return captioned(header, rows, made)
 
 
-SUITE, SERVE = "suite_cpu_avx2", "suite_cpu_avx2_serve"
+# Sections of the suite, run by themselves or together.
+SECTIONS = {"search": "suite_cpu_avx2_search", "mixture": "suite_cpu_avx2", "serve": "suite_cpu_avx2_serve"}
 
 
 def duration(seconds: float) -> str:
@@ -282,11 +283,11 @@ def times(found: dict | None) -> str:
 
 def of_suite(section: str, columns: dict[str, str], **having) -> str:
     """Cases of a section with those axes; columns: {contender: its title}, ours first."""
-    result = load(SUITE)
-    records = [r for r in result["results"] if r["section"] == section]
+    file = SECTIONS[section]
+    records = [r for r in load(file)["results"] if r["section"] == section]
     records = [r for r in records if all(r["axes"].get(key) in values for key, values in having.items())]
     rows = [[r["case"], *(times(r["contenders"].get(name)) for name in columns)] for r in records]
-    return captioned(["case", *columns.values()], rows, {SUITE: f"python -m benchmarks {section}"})
+    return captioned(["case", *columns.values()], rows, {file: f"python -m benchmarks {section}"})
 
 
 def suite_search() -> str:
@@ -304,12 +305,12 @@ def suite_serve() -> str:
     """Tokens a second and latencies."""
     titles = {"transformers": "frozen, transformers", "off": "slm_fast, pool off", "on": "slm_fast"}
     rows = []
-    for record in load(SERVE)["results"]:
+    for record in load(SECTIONS["serve"])["results"]:
         for name, found in record["contenders"].items():
             latencies = [duration(found[key]) for key in ("first_token_50", "first_token_95", "per_token_50")]
             rows.append([record["case"], titles[name], f"{found['tokens_per_second']:.1f}", *latencies])
     header = ["load", "", "tokens/s", "first token, median", "95%", "a further token"]
-    return captioned(header, rows, {SERVE: "python -m benchmarks serve"})
+    return captioned(header, rows, {SECTIONS["serve"]: "python -m benchmarks serve"})
 
 
 TABLES = {

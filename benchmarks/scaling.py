@@ -1,7 +1,7 @@
 """The scaling model: bytes, time and memory of each phase, for a model, a pool, a batch and a machine.
 
-    python benchmarks/scaling.py SUITE.json [DECODE.json ...]             errors against every measured point
-    python benchmarks/scaling.py SUITE.json [DECODE.json ...] --write     also docs/scaling.md and its plot
+    python benchmarks/scaling.py SUITE.json [MORE.json ...]             errors against every measured point
+    python benchmarks/scaling.py SUITE.json [MORE.json ...] --write     also docs/scaling.md and its plot
 
 Bytes and operations are counted from shapes. What a machine makes of them are a few constants a phase,
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
+from units import duration
 
 TOLERANCE = 0.15
 SERIAL_CODES, SERIAL_UPDATE = 1_000_000, 300_000  # multiply-adds below which one thread does it (csrc/cpu)
@@ -242,6 +243,10 @@ class Checked:
         """Relative."""
         return self.predicted / self.point.seconds - 1
 
+    @property
+    def within(self) -> bool:
+        return abs(self.error) <= TOLERANCE
+
 
 def by_phase(points: Sequence[Point]) -> dict[str, list[Point]]:
     return {
@@ -288,12 +293,6 @@ class Machine:
         """Seconds of a new task: the metric and everything that is searched, again."""
         return predict(self.constants["add a task"], refresh_features(pool.entries, pool.dim, self.rate))
 
-    def decode(self, shape: Shape, rows: int, pool: Pool, top_k: int = 2) -> float:
-        """Seconds of a step, every row its own entries."""
-        distinct = min(pool.entries, rows * top_k)
-        sizes = (rows, distinct, pool.rank, top_k, self.read, self.rate)
-        return predict(self.constants["decoding"], decode_features(shape, *sizes, pool.size))
-
 
 def tasks_that_fit(shape: Shape, memory: float, pool: Pool) -> int:
     """The most tasks whose factors, keys and statistics fit into `memory` bytes."""
@@ -310,58 +309,43 @@ def tasks_that_fit(shape: Shape, memory: float, pool: Pool) -> int:
     return low
 
 
-def amount(size: float) -> str:
-    """Bytes in words."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale or unit == "us":
-            return f"{seconds / scale:,.3g} {unit}"
-    raise AssertionError(seconds)
-
-
-def print_check(checked: dict[str, list[Checked]]) -> bool:
-    """Whether all are within `TOLERANCE`."""
-    good = True
-    for name, found in checked.items():
-        print(name)
-        for c in found:
-            mark = "" if abs(c.error) <= TOLERANCE else "  beyond"
-            good &= not mark
-            times = f"{duration(c.point.seconds):>9} measured {duration(c.predicted):>9} predicted"
-            print(f"  {c.point.phase:18}{c.point.name:66}{times} {c.error:+7.1%}{mark}")
-    return good
+def print_check(machine: Machine, checked: Sequence[Checked]) -> None:
+    print(machine.name)
+    for c in checked:
+        mark = "" if c.within else "  beyond"
+        times = f"{duration(c.point.seconds):>9} measured {duration(c.predicted):>9} predicted"
+        print(f"  {c.point.phase:18}{c.point.name:66}{times} {c.error:+7.1%}{mark}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", type=Path, help="result of the suite")
-    parser.add_argument("more", nargs="*", type=Path, help="results of bench_decode.py on the same machine")
+    parser.add_argument(
+        "more",
+        nargs="*",
+        type=Path,
+        help="of the same machine: further points, of the suite or bench_decode.py",
+    )
     parser.add_argument("--write", action="store_true", help="docs/scaling.md and docs/scaling.png")
     args = parser.parse_args()
     result, *more = (json.loads(path.read_text(encoding="utf8")) for path in (args.suite, *args.more))
-    measured, rate = list(points(result)), result["ceilings"]["operations_per_second"]["float32"]
+    measured = {(p.phase, p.name): p for p in points(result)}
     for other in more:
-        measured += decode_points(other, rate)
-    machine, found = Machine.of(result, measured), check(measured)
-    if not found:
+        rate = result["ceilings"]["operations_per_second"]["float32"]
+        found = points(other) if "schema" in other else decode_points(other, rate)
+        measured |= {(p.phase, p.name): p for p in found if (p.phase, p.name) not in measured}
+    machine, checked = Machine.of(result, [*measured.values()]), check([*measured.values()])
+    if not checked:
         raise SystemExit("no phase has three points: run more of the suite")
-    checked = {machine.name: found}
-    good = print_check(checked)
+    print_check(machine, checked)
     if args.write:
         from scaling_page import write
 
         words = ["python benchmarks/scaling.py", str(args.suite), *map(str, args.more), "--write"]
         write(machine, checked, " ".join(words))
-    worst = max(abs(c.error) for found in checked.values() for c in found)
-    count = sum(map(len, checked.values()))
-    print(json.dumps({"within": good, "largest_error": round(worst, 3), "points": count}))
-    raise SystemExit(not good)
+    within, worst = sum(c.within for c in checked), max(abs(c.error) for c in checked)
+    print(json.dumps({"within": within, "points": len(checked), "largest_error": round(worst, 3)}))
+    raise SystemExit(within < len(checked))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaling import SHAPES, TOLERANCE, Checked, Machine, Pool, amount, duration, tasks_that_fit
+from roofline import DEVICES
+from scaling import SHAPES, TOLERANCE, Checked, Machine, Pool, tasks_that_fit
+from units import amount, duration
+
+from slm_fast.continual.pictures import new_figure
 
 DOCS = Path(__file__).parents[1] / "docs"
 GB = 1e9
@@ -76,7 +80,7 @@ def fleet_section() -> list[str]:
         pool, host = Pool(entries), 0.9e12
         hosts = max(1, math.ceil(pool.memory(shape) / host))
         scanned = entries / hosts * pool.dim * 2
-        rows.append([f"{entries:,}", str(hosts), amount(pool.index), duration(scanned / 3.35e12)])
+        rows.append([f"{entries:,}", str(hosts), amount(pool.index), duration(scanned / DEVICES["H100"].hbm)])
     text = """## A fleet
 
 Tasks are split over hosts, a task's entries stay together: a row is answered where its task is. Keys are
@@ -87,28 +91,21 @@ with one H100; the search is its floor at the datasheet's bandwidth, bf16 keys; 
     return [*text.splitlines(), "", *table(header, rows)]
 
 
-def check_section(checked: dict[str, list[Checked]]) -> list[str]:
-    lines = ["## The check", ""]
-    lines += ["Every measured point, predicted from the others of its phase and machine.", ""]
-    for name, found in checked.items():
-        rows = []
-        for phase in dict.fromkeys(c.point.phase for c in found):
-            errors = [abs(c.error) for c in found if c.point.phase == phase]
-            within = sum(error <= TOLERANCE for error in errors)
-            median, worst = f"{statistics.median(errors):.0%}", f"{max(errors):.0%}"
-            rows.append([phase, str(len(errors)), median, worst, f"{within} of {len(errors)}"])
-        header = ["phase", "points", "median error", "largest", f"within {TOLERANCE:.0%}"]
-        lines += [f"{name}:", "", *table(header, rows)]
-    return lines
+def check_section(machine: Machine, checked: Sequence[Checked]) -> list[str]:
+    rows = []
+    for phase in dict.fromkeys(c.point.phase for c in checked):
+        found = [c for c in checked if c.point.phase == phase]
+        errors, within = [abs(c.error) for c in found], sum(c.within for c in found)
+        median, worst = f"{statistics.median(errors):.0%}", f"{max(errors):.0%}"
+        rows.append([phase, str(len(found)), median, worst, f"{within} of {len(found)}"])
+    header = ["phase", "points", "median error", "largest", f"within {TOLERANCE:.0%}"]
+    words = f"Every measured point of {machine.name}, predicted from the others of its phase."
+    return ["## The check", "", words, "", *table(header, rows)]
 
 
 def draw(machine: Machine, path: Path) -> None:
     """Search, adding a task and memory against the pool's size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.6, 3.8)
     left, right = figure.subplots(1, 2)
     sizes = [round(10 ** (power / 4)) for power in range(8, 25)]
     pools = [Pool(size) for size in sizes]
@@ -137,7 +134,7 @@ def draw(machine: Machine, path: Path) -> None:
     figure.savefig(path, dpi=140, metadata={"Software": None})
 
 
-def document(machine: Machine, checked: dict[str, list[Checked]], command: str) -> str:
+def document(machine: Machine, checked: Sequence[Checked], command: str) -> str:
     head = f"""# How it scales
 
 Written by `{command}`: bytes and operations
@@ -147,10 +144,10 @@ are counted from shapes, a machine's few constants a phase are fitted to its sui
 ![time and memory against the number of entries](scaling.png)
 """
     lines = [*head.splitlines(), "", *costs_section(), *fit_section(), *adapter_section(machine)]
-    return "\n".join([*lines, *fleet_section(), *check_section(checked)]).rstrip() + "\n"
+    return "\n".join([*lines, *fleet_section(), *check_section(machine, checked)]).rstrip() + "\n"
 
 
-def write(machine: Machine, checked: dict[str, list[Checked]], command: str) -> None:
+def write(machine: Machine, checked: Sequence[Checked], command: str) -> None:
     """The page and its plot, for a machine."""
     (DOCS / "scaling.md").write_text(document(machine, checked, command), encoding="utf8")
     draw(machine, DOCS / "scaling.png")

@@ -444,10 +444,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; user errors end with one line and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    args, words = _parser().parse_known_args(argv)
-    if words and args.command != "bench":  # the suite has options of its own
-        _parser().parse_args(argv)
-    args.words = words
+    parser = _parser()
+    args, args.words = parser.parse_known_args(argv)
+    if args.words and args.command != "bench":  # the suite has options of its own
+        parser.error(f"unrecognized arguments: {' '.join(args.words)}")
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:

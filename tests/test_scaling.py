@@ -85,6 +85,6 @@ def test_what_fits_grows_with_memory_and_shrinks_with_the_model():
 
 @pytest.mark.parametrize("size,words", [(512, "512 B"), (40e6, "40 MB"), (1.5e12, "1.5 TB")])
 def test_amounts(size, words):
-    import scaling
+    import units
 
-    assert scaling.amount(size) == words
+    assert units.amount(size) == words

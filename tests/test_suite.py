@@ -287,6 +287,7 @@ def test_scores_are_compared_by_what_they_miss():
 
 def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     from suite import command, machine
+    from suite.cases import measured
 
     class Broken:
         targets = staticmethod(lambda records, ceilings: [])
@@ -302,8 +303,8 @@ def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
         )
 
         @staticmethod
-        def cases(quick, device):
-            yield a_case()
+        def records(quick, device, effort):
+            return measured(iter([a_case()]), device, effort)
 
     monkeypatch.setattr(command, "SECTIONS", {"search": Broken, "mixture": Tiny})
     monkeypatch.setattr(machine, "ceilings", lambda device: a_result()["ceilings"])

@@ -14,14 +14,16 @@ A record of a case holds
 Times are of one call; where a contender does a part of the work (one row of many), `scale` made it whole.
 """
 
+import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from gpu_timing import deviation
 
 MIN_SECONDS = 0.002  # of a sample: shorter calls are repeated in it
 LONG = 0.05  # seconds of a call to which the state of the caches makes no difference
@@ -190,19 +192,25 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
     return record
 
 
-def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest difference as a share of the largest wanted value; infinite if anything is not finite."""
-    if got.shape != want.shape or not bool(got.isfinite().all()):
-        return math.inf
-    scale = want.double().abs().max().clamp(min=1e-30)
-    return float((got.double() - want.double()).abs().max() / scale) if want.numel() else 0.0
+def measured(cases: Iterator[Case], device: str, effort: Effort) -> Iterator[dict]:
+    """Their records; a case is built when its turn comes and is gone before the next."""
+    for case in cases:
+        yield measure(case, effort, clock_of(device))
+        del case
+        gc.collect()
+
+
+def target(what: str, reached: float, relation: str, wanted: float) -> dict:
+    """A number that a section has to reach."""
+    holds = reached >= wanted if relation == ">=" else reached <= wanted
+    return {"what": what, "reached": reached, "wanted": f"{relation} {wanted:g}", "holds": holds}
 
 
 def near(want: torch.Tensor, tolerance: float) -> Callable[[torch.Tensor], str | None]:
     """A check: at most `tolerance` of the largest wanted value off."""
 
     def check(got: torch.Tensor) -> str | None:
-        error = error_of(got, want)
+        error = deviation(got, want)
         return None if error <= tolerance else f"wrong result: error {error:.1e}, allowed {tolerance:.0e}"
 
     return check

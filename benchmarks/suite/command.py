@@ -16,31 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
+from units import duration
 
 from suite import machine, mixture, model, page, quality, search, serve
-from suite.cases import FULL, QUICK, Effort, clock_of, measure
+from suite.cases import FULL, QUICK
 
 SCHEMA = 1
 SECTIONS = {"search": search, "mixture": mixture, "model": model, "serve": serve, "quality": quality}
-
-
-def records(section: str, quick: bool, device: str, effort: Effort) -> Iterator[dict]:
-    """The records of a section, as they are measured."""
-    module = SECTIONS[section]
-    if hasattr(module, "records"):
-        yield from module.records(quick, device, effort)
-        return
-    for case in module.cases(quick, device):
-        yield measure(case, effort, clock_of(device))
-        del case
-        gc.collect()
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size or unit == "us":
-            return f"{seconds / size:.3g} {unit}"
-    return ""
 
 
 def rates(record: dict, ceilings: dict) -> str:
@@ -49,8 +31,7 @@ def rates(record: dict, ceilings: dict) -> str:
     if "seconds" not in ours or record["bytes"] is None:
         return ""
     speed = record["bytes"] / ours["seconds"]
-    top = ceilings.get("read_bytes_per_second") or ceilings["copy_bytes_per_second"]
-    text = f"{speed / 1e9:.1f} GB/s ({speed / top:.0%} of memory's)"
+    text = f"{speed / 1e9:.1f} GB/s ({speed / machine.bandwidth(ceilings):.0%} of memory's)"
     if record["operations"]:
         text += f", {record['operations'] / ours['seconds'] / 1e9:.1f} GFLOP/s"
     return text
@@ -112,7 +93,7 @@ def run(sections: list[str], quick: bool, device: str, folder: Path) -> dict:
         print(f"\n== {section}", flush=True)
         begin, found = time.perf_counter(), []
         try:
-            for record in records(section, quick, device, effort):
+            for record in SECTIONS[section].records(quick, device, effort):
                 found.append(record)
                 result["results"].append(record)
                 print("\n".join(lines(record, ceilings)), flush=True)

@@ -28,22 +28,22 @@ def commit() -> str | None:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
-def cpu_name() -> str:
+def cpuinfo(field: str) -> list[str]:
+    """A field of every core, where the system says it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return []
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(field)]
+
+
+def cpu_name() -> str:
+    return next(iter(cpuinfo("model name")), platform.processor() or platform.machine())
 
 
 def cpu_megahertz() -> float | None:
     """Of the fastest core, now."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return max((float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")), default=None)
+    return max(map(float, cpuinfo("cpu MHz")), default=None)
 
 
 def describe(device: str) -> dict:
@@ -107,12 +107,21 @@ def ceilings(device: str) -> dict:
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
-        rates[str(dtype).removeprefix("torch.")] = 2 * (SIZE) ** 3 / _fastest(lambda a=a, b=b: a @ b, 5)
+        rates[dtype_name(dtype)] = 2 * SIZE**3 / _fastest(lambda a=a, b=b: a @ b, 5)
     return {
         "read_bytes_per_second": cpu_timing.read_bandwidth(),
         "copy_bytes_per_second": copy,
         "operations_per_second": rates,
     }
+
+
+def bandwidth(ceilings: dict) -> float:
+    """Bytes/s that reading can reach: of a copy where reading alone was not measured."""
+    return ceilings.get("read_bytes_per_second") or ceilings["copy_bytes_per_second"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def line(machine: dict, ceilings: dict) -> str:

@@ -6,21 +6,21 @@ every row its own mixture; in full mode also two layers of LLaMA-2-7B's shape.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 
+import bench_decode
 import bench_memory
+import bench_prefill
 import bench_training
 import contenders as common
 import torch
-from bench_decode import Decoder
 from contenders import ENTRIES, RANK, TARGETS, TOP_K
 from torch import nn
 
-from suite.cases import Case, Contender, Effort, measure
-from suite.machine import natural_dtype
+from suite.cases import Case, Contender, Effort, measure, target
+from suite.machine import dtype_name, natural_dtype
 
-OURS, FLOOR = "on", "frozen"
+OURS = "on"
 
 
 def read_bytes(base: nn.Module, added: int) -> int:
@@ -44,21 +44,17 @@ def contenders_of(calls: dict[str, Callable], rows: int) -> list[Contender]:
 
 def decode_case(name: str, base: nn.Module, rows: int) -> Case:
     """In bf16. Where the CPU does not multiply bf16, the frozen model in fp32 takes part too."""
-    vocab = base.config.vocab_size
-    model, routing, forwards = common.make_contenders(base, TARGETS["all"], ENTRIES[name], rows)
-    decoders = {key: Decoder(call, 1 if key == "dense" else rows, vocab) for key, call in forwards.items()}
-    got = {key: decoder.read_prompt() for key, decoder in decoders.items()}
-    exact = [Decoder(common.exact_forward(model, r), rows, vocab).read_prompt() for r in (routing, None)]
-    common.verify(got, *exact)
+    model, routing, decoders = bench_decode.verified(base, "all", ENTRIES[name], rows)
     if natural_dtype() != base.dtype:
-        decoders["frozen fp32"] = Decoder(copy.deepcopy(base).to(torch.float32), rows, vocab)
+        exact = copy.deepcopy(base).to(torch.float32)
+        decoders["frozen fp32"] = bench_decode.Decoder(exact, rows, base.config.vocab_size)
         decoders["frozen fp32"].read_prompt()
     distinct, features = common.distinct_entries(routing), factor_features(model)
     size = read_bytes(base, distinct * RANK * features * 2)
     weights = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear))
     operations = 2 * rows * (weights + TOP_K * RANK * features)
     axes = {"kind": "decode", "model": name, "rows": rows, "entries": ENTRIES[name], "distinct": distinct}
-    axes["dtype"] = str(base.dtype).removeprefix("torch.")
+    axes["dtype"] = dtype_name(base.dtype)
     runs, case_name = contenders_of(decoders, rows), f"decode, {name}, {rows} rows"
     # Every call lengthens the cache: none may have more of them.
     return Case("model", case_name, axes, runs, OURS, size, operations, warm=False)
@@ -66,26 +62,14 @@ def decode_case(name: str, base: nn.Module, rows: int) -> Case:
 
 def prefill_case(name: str, base: nn.Module, rows: int, tokens: int) -> Case:
     """Also the time to first token: the logits of the last one are the first answer's."""
-    model, routing, forwards = common.make_contenders(base, TARGETS["all"], ENTRIES[name], rows)
-    prompt = common.make_prompt(base.config.vocab_size, rows, tokens)
-
-    def call(forward, ids):
-        @torch.inference_mode()
-        def run():
-            return forward(input_ids=ids, logits_to_keep=1).logits[:, -1]
-
-        return run
-
-    calls = {key: call(f, prompt[:1] if key == "dense" else prompt) for key, f in forwards.items()}
-    exact = [call(common.exact_forward(model, r), prompt)() for r in (routing, None)]
-    common.verify({key: run().float() for key, run in calls.items()}, *exact)
+    model, routing, calls = bench_prefill.verified(base, "all", ENTRIES[name], rows, tokens)
     head = base.get_output_embeddings()
     linears = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
     mixture = TOP_K * RANK * factor_features(model)
     attention = base.config.num_hidden_layers * base.config.hidden_size * tokens
     operations = 2 * rows * (tokens * (linears + mixture + attention) + head.weight.numel())
     axes = {"kind": "prefill", "model": name, "rows": rows, "tokens": tokens}
-    axes["dtype"] = str(base.dtype).removeprefix("torch.")
+    axes["dtype"] = dtype_name(base.dtype)
     entries = common.distinct_entries(routing) * RANK * factor_features(model)
     size = read_bytes(base, entries * base.dtype.itemsize)
     case_name = f"prefill, {name}, {rows} x {tokens} tokens"
@@ -147,10 +131,7 @@ def targets(records: list[dict], ceilings: dict) -> list[dict]:
     """Of the training step alone; decoding and prefill have their targets in their own scripts."""
     rows = []
     for record in records:
-        if record["axes"]["kind"] == "step" and math.isfinite(
-            record["contenders"]["peft"].get("ratio", math.nan)
-        ):
+        if record["axes"]["kind"] == "step" and "ratio" in record["contenders"]["peft"]:
             reached = 1 / record["contenders"]["peft"]["ratio"]
-            what = f"model, {record['case']}: ours / PEFT"
-            rows.append({"what": what, "reached": reached, "wanted": "<= 1.05", "holds": reached <= 1.05})
+            rows.append(target(f"model, {record['case']}: ours / PEFT", reached, "<=", 1.05))
     return rows

@@ -8,8 +8,9 @@ import html
 from pathlib import Path
 
 from slm_fast.continual.page import CSS
-from slm_fast.continual.pictures import COLOURS, DASHES, MARKERS, STYLE, svg_picture
+from slm_fast.continual.pictures import COLOURS, DASHES, MARKERS, STYLE, new_figure, svg_picture
 from slm_fast.continual.tables import html_table
+from suite import machine
 from suite.search import growth
 
 # (file name, title, section, the varying axis, its words, what the records must have)
@@ -93,18 +94,13 @@ def floor(record: dict, ceilings: dict) -> float | None:
     """Seconds."""
     if record["bytes"] is None:
         return None
-    memory = ceilings.get("read_bytes_per_second") or ceilings["copy_bytes_per_second"]
     rate = max(ceilings["operations_per_second"].values())
-    return max(record["bytes"] / memory, (record["operations"] or 0) / rate)
+    return max(record["bytes"] / machine.bandwidth(ceilings), (record["operations"] or 0) / rate)
 
 
 def draw(records: list[dict], axis: str, words: str, title: str, ceilings: dict):
     """A figure: medians with their quantiles, both axes logarithmic, and the floor as a grey line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 3.9)
     axes = figure.subplots()
     names = list(dict.fromkeys(name for record in records for name in record["contenders"]))
     for i, name in enumerate(names):
@@ -166,8 +162,6 @@ def milliseconds(seconds: float | None) -> str:
 
 def write(result: dict, folder: Path) -> Path:
     """Write `suite.html` and the plots; the page's path. Without matplotlib the page has tables alone."""
-    from suite import machine
-
     ceilings, results = result["ceilings"], result["results"]
     body = [f"<h1>slm_fast benchmark{', quick' if result['quick'] else ''}</h1>"]
     body += [f'<p class="quiet">{html.escape(machine.line(result["machine"], ceilings))}</p>']
@@ -216,6 +210,7 @@ def pictures(section: str, results: list[dict], ceilings: dict, folder: Path) ->
         if len({record["axes"][axis] for record in records}) < 2:
             continue
         with matplotlib.rc_context(STYLE):
-            draw(records, axis, words, title, ceilings).savefig(folder / f"{name}.png", dpi=160)
-        found.append(svg_picture(lambda: draw(records, axis, words, title, ceilings), title))  # noqa: B023
+            figure = draw(records, axis, words, title, ceilings)
+            figure.savefig(folder / f"{name}.png", dpi=160)
+        found.append(svg_picture(lambda figure=figure: figure, title))
     return found

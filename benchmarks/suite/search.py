@@ -13,8 +13,8 @@ from torch import Tensor
 
 from slm_fast import SLMConfig, ops
 from slm_fast.pool import KnowledgePool
-from suite.cases import Case, Contender, near, reason_of
-from suite.machine import available_bytes, cache_bytes
+from suite.cases import Case, Contender, Effort, measured, near, reason_of, target
+from suite.machine import available_bytes, cache_bytes, dtype_name
 
 DIM, TOP_K, ENTRIES = 384, 4, 4
 TASK_NOISE, QUERY_NOISE = 0.3, 1.0  # of a key, a query around its task's direction, whose norm is 1
@@ -167,7 +167,7 @@ class Problem:
             recall = lambda found: {"recall": checked.recall(as_tensor(found))}  # noqa: E731
             contenders.append(Contender(name, run, exact if name == "faiss flat" else None, recall))
         axes = {"keys": num_keys, "queries": num_queries, "dim": dim, "cache": "cold" if self.cold else "hot"}
-        dtype = str(keys[0].dtype).removeprefix("torch.")
+        dtype = dtype_name(keys[0].dtype)
         name = f"{num_keys:,} keys x {dim} {dtype}, {num_queries} queries" + (", cold" if self.cold else "")
         operations = 2 * num_keys * dim * num_queries
         options = dict(bytes=scanned, operations=operations, copies=self.copies, skipped=self.skipped)
@@ -213,6 +213,10 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
         yield Problem(10_000_000, DIM, device, dtype=torch.float16, peers=()).case(1)
 
 
+def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
+    return measured(cases(quick, device), device, effort)
+
+
 def growth(records: list[dict]) -> dict | None:
     """A line through the times of one query of `DIM` numbers, from `FIT_FROM` keys on: seconds a key, and the
     bytes per second that this makes. None with fewer than two sizes."""
@@ -243,10 +247,9 @@ def targets(records: list[dict], ceilings: dict) -> list[dict]:
         wanted = {1000: 3.0, 100_000: 1.5}.get(axes["keys"]) if axes["queries"] in (1, 16) else None
         if wanted:
             what = f"search, {record['case']}: FAISS flat / slm_fast"
-            rows.append({"what": what, "reached": flat["ratio"], "wanted": f">= {wanted}"})
-            rows[-1]["holds"] = flat["ratio"] >= wanted
+            rows.append(target(what, flat["ratio"], ">=", wanted))
     if (line := growth(records)) and "read_bytes_per_second" in ceilings:
         share = line["bytes_per_second"] / ceilings["read_bytes_per_second"]
         what = f"search, growth from {line['from_keys']:,} to {line['to_keys']:,} keys / read bandwidth"
-        rows.append({"what": what, "reached": share, "wanted": ">= 0.9", "holds": share >= 0.9})
+        rows.append(target(what, share, ">=", 0.9))
     return rows

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from slm_fast.continuous import batching_config
 from slm_fast.routing import Routing
 from suite.cases import Case, Contender, Effort, measure
-from suite.machine import natural_dtype
+from suite.machine import dtype_name, natural_dtype
 
 PROMPTS, ENTRIES = (16, 48), 64  # the shortest and the longest prompt in tokens; of the pool
 OURS = "on"
@@ -46,7 +46,7 @@ class Load:
         for _ in prompts:
             self.arrivals.append(now)
             now += draw.expovariate(rate) if math.isfinite(rate) else 0.0
-        self.first_token, self.per_token = [], []
+        self.calls: list[list[list[float]]] = []  # of every call the requests' timestamps, arrival first
 
     def __call__(self) -> list[list[int]]:
         with self.opened() as manager:
@@ -64,19 +64,15 @@ class Load:
                 if output is not None and output.is_finished():
                     outputs[output.request_id] = output
         done = [outputs[name] for name in ids]
-        for output in done:
-            stamps = output.timestamps
-            self.first_token.append(stamps[0] - output.created_time)
-            if len(stamps) > 1:
-                self.per_token.append((stamps[-1] - stamps[0]) / (len(stamps) - 1))
+        self.calls.append([[output.created_time, *output.timestamps] for output in done])
         return [list(output.generated_tokens) for output in done]
 
-    def forget(self) -> None:
-        self.first_token, self.per_token = [], []
-
     def numbers(self) -> dict:
-        found = {}
-        for name, values in (("first_token", self.first_token), ("per_token", self.per_token)):
+        """Latencies of all calls but the first, which is slower and is none of the rounds."""
+        found, requests = {}, [stamps for call in self.calls[1:] for stamps in call]
+        first_token = [stamps[1] - stamps[0] for stamps in requests]
+        per_token = [(stamps[-1] - stamps[1]) / (len(stamps) - 2) for stamps in requests]
+        for name, values in (("first_token", first_token), ("per_token", per_token)):
             values = sorted(values)
             for share in (50, 95):
                 found[f"{name}_{share}"] = values[min(len(values) - 1, share * len(values) // 100)]
@@ -135,17 +131,14 @@ def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
     effort = Effort(2, 3 if quick else 5, effort.seconds)
     for arrivals in ("at once", "poisson"):
         loads = everything(model, routing, prompts, new_tokens, rate)
-        full = [[new_tokens] * count]
 
-        def right(tokens, loads=loads, full=full):
-            for load in loads.values():  # a first call is slower: it is not one of the rounds
-                load.forget()
+        def right(tokens):
             lengths = [len(row) for row in tokens]
-            return None if [lengths] == full else f"lengths {lengths}, wanted {full[0]}"
+            return None if lengths == [new_tokens] * count else f"lengths {lengths}, wanted {new_tokens} each"
 
         contenders = [Contender(name, lambda _, load=load: load(), right) for name, load in loads.items()]
         axes = {"requests": count, "new_tokens": new_tokens, "arrivals": arrivals}
-        axes["dtype"] = str(base.dtype).removeprefix("torch.")
+        axes["dtype"] = dtype_name(base.dtype)
         axes["rate"] = rate if math.isfinite(rate) else None
         name = f"{count} requests {arrivals}, {new_tokens} new tokens"
         record = measure(Case("serve", name, axes, contenders, OURS), effort)

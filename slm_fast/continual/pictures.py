@@ -23,7 +23,7 @@ STYLE = {
 }
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,7 +84,7 @@ def draw_matrices(tasks: list[str], methods: dict[str, dict]):
     lines = -(-len(methods) // per_row)
     panel = 11 / per_row if len(tasks) > 15 else 11 / max(per_row, 2)
     cell = 72 * (panel - 1.4) / len(tasks)
-    figure = _figure(panel * per_row, (0.9 * panel + 0.4) * lines)
+    figure = new_figure(panel * per_row, (0.9 * panel + 0.4) * lines)
     for position, (name, method) in enumerate(methods.items(), 1):
         axes = figure.add_subplot(lines, per_row, position)
         _heat_map(axes, tasks, tasks, method["matrix"], cell)
@@ -96,7 +96,7 @@ def draw_matrices(tasks: list[str], methods: dict[str, dict]):
 
 
 def draw_curves(tasks: list[str], methods: dict[str, dict]):
-    figure = _figure(6.4, 3.9)
+    figure = new_figure(6.4, 3.9)
     axes = figure.add_subplot()
     for position, (name, method) in enumerate(methods.items()):
         averages = seen_averages(method["matrix"])
@@ -116,7 +116,7 @@ def draw_curves(tasks: list[str], methods: dict[str, dict]):
 
 
 def draw_forgetting(tasks: list[str], methods: dict[str, dict]):
-    figure = _figure(6.4, 3.9)
+    figure = new_figure(6.4, 3.9)
     axes = figure.add_subplot()
     width = 0.8 / len(methods)
     for position, (name, method) in enumerate(methods.items()):
@@ -148,7 +148,7 @@ def _frame(figure, axes) -> None:
 
 def draw_heat_map(rows: list[str], columns: list[str], values: list[list[float | None]], x: str, y: str):
     width = min(11.0, max(5.4, 0.42 * len(columns) + 1.6))
-    figure = _figure(width, min(9.0, max(2.6, 0.36 * len(rows) + 1.7)))
+    figure = new_figure(width, min(9.0, max(2.6, 0.36 * len(rows) + 1.7)))
     axes = figure.add_subplot()
     top = max((value for row in values for value in row if value is not None), default=0) or 1
     mesh = _heat_map(axes, rows, columns, values, 72 * (width - 1.8) / len(columns), top)
