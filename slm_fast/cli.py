@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from slm_fast.config import INITS, KEY_METHODS, METRICS, SLMConfig
+from slm_fast.config import HEAD_INITS, INITS, KEY_METHODS, METRICS, SLMConfig
 from slm_fast.continual.metrics import EVALUATED
 from slm_fast.continual.tasks import TEXT_METRICS
 
@@ -77,6 +77,7 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> di
     training = default_arguments(
         str(folder),
         num_train_epochs=args.epochs,
+        max_steps=args.max_steps or -1,
         learning_rate=args.learning_rate,
         per_device_train_batch_size=args.batch_size,
         seed=seed,
@@ -114,6 +115,7 @@ def _config(args) -> SLMConfig:
         metric=args.metric,
         key_method=args.keys,
         init=args.init,
+        head_init=args.head_init,
         top_k=args.top_k,
         entries_per_task=args.entries,
         min_similarity=args.min_similarity,
@@ -386,6 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--metric", choices=METRICS, default="whitened")
     learn.add_argument("--keys", choices=KEY_METHODS, default="group_avg")
     learn.add_argument("--init", choices=INITS, default="zero", help="where a new task's entries start")
+    learn.add_argument("--head-init", choices=HEAD_INITS, default="probe", help="where its head starts")
     learn.add_argument(
         "--min-similarity",
         type=_number_or_word,
@@ -408,6 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--entries", type=int, help="pool entries of a task")
     learn.add_argument("--top-k", type=int)
     learn.add_argument("--epochs", type=float)
+    learn.add_argument("--max-steps", type=int, help="optimiser steps of a task, in place of --epochs")
     learn.add_argument("--learning-rate", type=float)
     learn.add_argument("--batch-size", type=int)
     learn.add_argument("--max-length", type=int)

@@ -21,6 +21,7 @@ CONFIG_NAME = "slm_config.json"
 METRICS = ("whitened", "grouped_cosine")
 KEY_METHODS = ("group_avg", "kmeans", "paper")
 INITS = ("zero", "retrieved", "twin")
+HEAD_INITS = ("probe", "zero")
 MIXINGS = ("instance", "batch")
 POOLINGS = ("auto", "mean", "first", "last")
 
@@ -50,6 +51,9 @@ class SLMConfig:
             task's texts get from the entries that are there, and the heads of tasks with the same labels) or
             "twin" (whitened): as "retrieved", but from tasks with the same labels that could hold most of the
             texts alone, and at zero where there is none.
+        head_init: where a task's classification head starts when its training does: "probe" (a logistic
+            regression on the features of as many texts as the training sees) or "zero". A head that took
+            over those of other tasks (`init`) starts there.
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
             query stays under 4,096 values, else evenly spaced ones ("backbone": `auto_layers`).
         weighting: of a row's picks. "task": a softmax over the tasks among them by each one's best score, in
@@ -83,6 +87,7 @@ class SLMConfig:
     key_method: str = "group_avg"
     key_masking: float = 0.2
     init: str = "zero"
+    head_init: str = "probe"
     query_layers: list[int] | str = "auto"
     weighting: str | None = None
     temperature: float | str | None = None
@@ -103,7 +108,7 @@ class SLMConfig:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(f"top_k must be an integer from 1 to {MAX_TOP_K}, got {self.top_k!r}")
-        choices = dict(metric=METRICS, key_method=KEY_METHODS, init=INITS)
+        choices = dict(metric=METRICS, key_method=KEY_METHODS, init=INITS, head_init=HEAD_INITS)
         self.weighting = self.weighting or ("task" if self.key_method == "group_avg" else "softmax")
         choices |= dict(weighting=("task", *WEIGHTINGS), mixing=MIXINGS, pooling=POOLINGS)
         for name, allowed in choices.items():
@@ -158,6 +163,7 @@ class SLMConfig:
             query_layers=[-1],
             key_method="paper",
             key_masking=0.2,
+            head_init="zero",
         )
         return cls(**(settings | overrides))
 

@@ -52,7 +52,7 @@ class SLMModel(nn.Module):
         self._forward_names = set(signature)
         if any(p.kind is p.VAR_KEYWORD for p in signature.values()):
             self._forward_names |= set(TransformersKwargs.__annotations__)
-            self._forward_names |= {"past_key_values", "cache", "return_dict"}
+            self._forward_names |= {"past_key_values", "cache", "return_dict", "shift_labels"}
         self.train(base_model.training)
 
     # ---- what it is
@@ -78,6 +78,11 @@ class SLMModel(nn.Module):
         """Whether the base scales its loss by the `num_items_in_batch` that the Trainer passes."""
         accepted = getattr(self.base_model, "accepts_loss_kwargs", not self.is_seq2seq)
         return bool(accepted) and "num_items_in_batch" in self._forward_names
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the base can compute the logits and the loss of some columns (`logits_to_keep`) alone."""
+        return {"logits_to_keep", "shift_labels"} <= self._forward_names
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are being trained, as PEFT does."""

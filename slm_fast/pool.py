@@ -158,7 +158,7 @@ class KnowledgePool(nn.Module):
         """Add one entry per row of `keys` [M, D]; A starts as in PEFT (Kaiming uniform), B at zero.
 
         `queries` [N, D] update the metric's statistics. `labels` with `hidden_size` add a classification
-        head.
+        head, at zero.
         Raises ValueError when the name is taken, a key is not finite or has another size.
         """
         if name in self.tasks:
@@ -207,8 +207,8 @@ class KnowledgePool(nn.Module):
                 factors.A[begin : begin + r] = fresh.to(factors.A)
                 factors.B[begin : begin + r] = 0
         if labels is not None:
-            head = nn.Linear(hidden_size, len(labels)).to(self.keys.device)
-            nn.init.normal_(head.weight, std=0.02, generator=generator)
+            head = nn.utils.skip_init(nn.Linear, hidden_size, len(labels), device=self.keys.device)
+            nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
             self.heads[module_key(name)] = head.requires_grad_(False)
         self.tasks[name] = info

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from slm_fast.linear_probe import linear_probe
 from slm_fast.loading import with_pad_token
 from slm_fast.model import SLMModel
 from slm_fast.prompts import encode_example
@@ -23,6 +26,7 @@ from slm_fast.routing import Routing
 
 logger = logging.getLogger(__name__)
 
+IGNORED = -100  # labels of tokens that are not to be learnt
 TASK_WEIGHTS = "slm_task.safetensors"
 
 
@@ -96,6 +100,8 @@ class SLMTrainer(Trainer):
         elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise OSError(f"{resume_from_checkpoint} is not a checkpoint that was written to its end")
         with self.learning():
+            if not resume_from_checkpoint:
+                self._start_heads()
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @contextmanager
@@ -103,6 +109,48 @@ class SLMTrainer(Trainer):
         """Inside, what this trainer trains, and nothing else, are parameters that require gradients."""
         with self.model.training_task(self.task):
             yield
+
+    @torch.no_grad()
+    def _start_heads(self) -> None:
+        """Start the heads that are zero at a linear probe of the features that they will read.
+
+        It sees as many rows as the training does in one epoch, evenly spread over the dataset.
+        """
+        if self.model.slm_config.head_init != "probe":
+            return
+        rows_of: dict[str, list[dict]] = {}
+        for row in self.train_dataset:
+            rows_of.setdefault(row.get("task", self.task), []).append(row)
+        share = min(1.0, self._rows_to_see() / len(self.train_dataset))
+        self.model.eval()
+        for name, rows in rows_of.items():
+            head = self.model.pool.head(name)
+            if head is not None and not head.weight.any():
+                count = math.ceil(share * len(rows))
+                rows = [rows[len(rows) * n // count] for n in range(count)]
+                weight, bias = linear_probe(*self._features(rows), head.out_features)
+                head.weight.copy_(weight)
+                head.bias.copy_(bias)
+
+    def _rows_to_see(self) -> int:
+        args = self.args
+        of_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.max_steps > 0:
+            return args.max_steps * of_a_step
+        return math.ceil(args.num_train_epochs * len(self.train_dataset))
+
+    def _features(self, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a head reads of encoded rows of a task, [N, H] fp32, and their labels [N], by length."""
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+        features, labels = [], []
+        size = self.args.per_device_eval_batch_size
+        for begin in tqdm(range(0, len(rows), size), "head", leave=False, disable=self.args.disable_tqdm):
+            batch = self._with_routing(self._prepare_inputs(self.data_collator(rows[begin : begin + size])))
+            routing, _ = batch.pop("routing"), batch.pop("task")
+            labels.append(batch.pop("labels"))
+            with self.compute_loss_context_manager(), self.model.state.use(routing, None):
+                features.append(self.model.features(**batch).float())
+        return torch.cat(features), torch.cat(labels)
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
@@ -120,8 +168,25 @@ class SLMTrainer(Trainer):
         self._batches.sampler = LengthGroupedSampler(lengths, size, self.args.data_seed or self.args.seed)
         return self._batches.sampler
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, self._with_routing(inputs), *args, **kwargs)
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
+        inputs = self._with_routing(inputs)
+        if not return_outputs:
+            inputs |= self._labelled_columns(inputs)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    def _labelled_columns(self, inputs: dict) -> dict:
+        """What makes a decoder compute logits, [B, columns, V], where a row has a label, and nowhere else.
+
+        They are what the loss reads. Prompts have none, and a token's logits cost V H multiply-adds: for
+        SmolLM2 a quarter of what its layers cost.
+        """
+        labels = inputs.get("labels")
+        if labels is None or labels.dim() < 2 or self.model.is_seq2seq or not self.model.keeps_logits:
+            return {}
+        if self.label_smoother is not None or self.compute_loss_func is not None:  # read all logits
+            return {}
+        columns = (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
+        return {"logits_to_keep": columns, "shift_labels": labels[:, columns + 1]} if len(columns) else {}
 
     def _with_routing(self, inputs: dict) -> dict:
         inputs = dict(inputs)
@@ -223,7 +288,9 @@ class EncodedDataset(list):
 class LengthGroupedSampler(Sampler):
     """Batches of similar lengths in an order that depends on the seed and the epoch alone.
 
-    transformers' own sampler draws from the global generator, so that a resumed epoch sees other batches.
+    transformers' own sampler draws from the global generator, so that a resumed epoch sees other batches, and
+    goes from long to short rows, so that a training of few steps sees long ones alone. Here batches come in
+    any order, but for the one with the longest row: it is the first, so that memory runs out at once.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -237,7 +304,12 @@ class LengthGroupedSampler(Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        rows = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        batches = [rows[begin : begin + self.batch_size] for begin in range(0, len(rows), self.batch_size)]
+        whole = len(rows) // self.batch_size  # what is left over stays at the end
+        order = [0, *(1 + torch.randperm(max(0, whole - 1), generator=generator)).tolist()]
+        order += range(len(order), len(batches))
+        return iter([row for number in order for row in batches[number]])
 
 
 class EpochOfBatches(TrainerCallback):
@@ -267,7 +339,7 @@ class Collator:
         else:
             width = max(map(len, labels))
             left = self.tokenizer.padding_side == "left"
-            pads = [[-100] * (width - len(row)) for row in labels]
+            pads = [[IGNORED] * (width - len(row)) for row in labels]
             joined = [p + row if left else row + p for p, row in zip(pads, labels, strict=True)]
             batch["labels"] = torch.tensor(joined)
         routing = Routing.cat([row["routing"] for row in rows])

@@ -7,6 +7,7 @@ from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 from slm_fast import Routing, SLMConfig, get_slm_model
 from slm_fast.continual.tasks import Example
+from slm_fast.linear_probe import linear_probe
 from slm_fast.trainer import TASK_WEIGHTS, Collator, LengthGroupedSampler, SLMTrainer
 
 COLOURS = ["red", "blue", "green"]
@@ -212,6 +213,63 @@ def test_batches_of_an_epoch_depend_on_the_seed_and_the_epoch_alone():
         return sum(8 * max(batch) - sum(batch) for batch in batches)
 
     assert padding(first) < 0.4 * padding(list(range(640)))
+    of_batch = [max(lengths[i] for i in first[lo : lo + 8]) for lo in range(0, 640, 8)]
+    assert of_batch[0] == max(lengths)
+    early, late = sum(of_batch[1:21]), sum(of_batch[-20:])
+    assert abs(early - late) < 0.2 * late  # not from long to short
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
+def test_every_row_is_in_one_batch(count):
+    assert sorted(LengthGroupedSampler([5] * count, 8, seed=0)) == list(range(count))
+
+
+def test_a_probe_is_the_minimum_of_its_objective():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = 3 + torch.randn(60, 8, generator=generator) + torch.eye(4, 8)[labels]
+    weight, bias = linear_probe(features, labels, 4)
+    assert weight.shape == (4, 8) and weight.dtype == bias.dtype == torch.float32
+    W, b = weight.double().requires_grad_(), bias.double().requires_grad_()
+    size = (features - features.mean(0)).double().square().sum(1).mean()
+    logits = features.double() @ W.T + b
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") + size / 2 * W.square().sum()
+    grads = torch.autograd.grad(loss, (W, b))
+    assert max(float(g.abs().max()) for g in grads) < 1e-2 * float(size)
+    assert logits.detach().argmax(1).eq(labels).float().mean() > 0.6
+    assert bias[3] < bias[:3].min()  # no row has that label
+
+    scaled, _ = linear_probe(1000 * features, labels, 4)
+    torch.testing.assert_close(1000 * scaled, weight, rtol=1e-3, atol=1e-5)
+
+
+def probed(model, name):
+    """The probe of a task's head on all its rows, and the head."""
+    rows = TOPICS[name]
+    encoded = model.require_tokenizer()([r.text for r in rows], padding=True, return_tensors="pt")
+    model.eval()
+    with torch.no_grad(), model.state.use(model.pool.fixed_routing(["__base__"] * len(rows)), None):
+        features = model.features(**encoded)
+    head = model.pool.head(name)
+    labels = torch.tensor([model.pool.task(name).labels.index(r.target) for r in rows])
+    return linear_probe(features, labels, head.out_features), (head.weight, head.bias)
+
+
+def test_a_head_starts_at_a_probe(model, tmp_path):
+    learn(model, "size", tmp_path, learning_rate=1e-12, weight_decay=0.0)
+    wanted, got = probed(model, "size")
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    trained = 2 * got[0].detach()
+    got[0].data.copy_(trained)
+    learn(model, "size", tmp_path, learning_rate=1e-12, weight_decay=0.0)  # one that is there stays
+    torch.testing.assert_close(model.pool.head("size").weight, trained, rtol=0, atol=1e-6)
+
+
+def test_a_head_may_start_at_zero(model, tmp_path):
+    model.slm_config.head_init = "zero"
+    learn(model, "size", tmp_path, learning_rate=1e-12, weight_decay=0.0)
+    assert model.pool.head("size").weight.abs().max() < 1e-6
 
 
 def test_labels_are_padded_on_the_side_of_the_inputs():
@@ -250,3 +308,40 @@ def test_language_model_training_lowers_the_loss(tmp_path, minilm):
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_logits_are_computed_where_a_row_has_a_label(family, side, tmp_path, minilm):
+    model = tiny_model(family, num_tasks=1)
+    model.tokenizer = AutoTokenizer.from_pretrained(minilm, padding_side=side)
+    query = clustered_embeddings(4, 8)
+    model.add_task("copy", embeddings=query, progress=False)
+    model.encoder.function = lambda texts: torch.stack([query[int(t)] for t in texts])
+    ids = torch.randint(1, 96, (8, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    # answers of two tokens, behind prompts of 3 to 10
+    ids = [row[: 5 + n] for n, row in enumerate(ids)]
+    prompts = [row[:-2] for row in ids]
+    rows = [
+        dict(input_ids=row, labels=[-100] * len(prompt) + row[-2:], text=str(n))
+        for n, (row, prompt) in enumerate(zip(ids, prompts, strict=True))
+    ]
+    trainer = SLMTrainer(model, arguments(tmp_path), rows, task="copy")
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in (0, 3)])
+    widths, results = [], []
+    model.base_model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: widths.append(output.shape[1])
+    )
+    with trainer.learning():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for kwargs in ({}, {"num_items_in_batch": torch.tensor(7)}):
+            few = trainer.compute_loss(model, dict(batch), **kwargs)
+            every, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True, **kwargs)
+            assert outputs.logits.shape[1] == batch["labels"].shape[1]
+            torch.testing.assert_close(few, every)
+            results += [torch.autograd.grad(loss, parameters) for loss in (few, every)]
+    for few, every in zip(results[0::2], results[1::2], strict=True):
+        for a, b in zip(few, every, strict=True):
+            torch.testing.assert_close(a, b)
+    columns = {"right": 4, "left": 2}[side]  # two of each row, which meet where they are padded on the left
+    assert widths == [columns if family == "llama" else 8, 8] * 2

@@ -351,9 +351,10 @@ class BaselineTrainer(SLMTrainer):
         return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        loss = loss + self.penalty()
-        return (loss, outputs) if return_outputs else loss
+        if not return_outputs:
+            return super().compute_loss(model, inputs, **kwargs) + self.penalty()
+        loss, outputs = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return loss + self.penalty(), outputs
 
     def row_loss(self, row: dict) -> Tensor:
         """The loss of one encoded row, without the penalty."""

@@ -20,7 +20,7 @@ from slm_fast.trainer import SLMTrainer, last_checkpoint
 
 # Fields of the engine's config that every method takes over; the rest is how the engine retrieves.
 SHARED = ("r", "target_modules", "scaling", "entries_per_task", "top_k", "num_groups", "pooling", "backend")
-SHARED += ("encoder_name_or_path", "encoder_max_length")
+SHARED += ("head_init", "encoder_name_or_path", "encoder_max_length")
 
 
 class Method(ABC):

@@ -95,6 +95,7 @@ class ContinualRunner:
             "evaluate": self.evaluate,
             "seed": self.seed,
             "epochs": self.args.num_train_epochs,
+            "max_steps": self.args.max_steps,
             "learning_rate": self.args.learning_rate,
             "batch_size": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
             "weight_decay": self.args.weight_decay,
@@ -272,6 +273,8 @@ class ContinualRunner:
             ratio = methods["slm"]["average_accuracy"] / methods["oracle"]["average_accuracy"]
             methods["slm"]["ratio_to_oracle"] = ratio
         rank = pool.config.r * pool.config.entries_per_task
+        steps, epochs = self.args.max_steps, self.args.num_train_epochs
+        length = {"steps of a task": steps} if steps > 0 else {"epochs of a task": epochs}
         trainable = rank * sum(i + o for i, o in pool.modules_shape.values())
         routed = {}
         if "slm" in methods:
@@ -289,13 +292,13 @@ class ContinualRunner:
             | {
                 "train examples": {task.name: len(task.train) for task in self.tasks},
                 "test examples": {task.name: len(task.test) for task in self.tasks},
-                "epochs": self.args.num_train_epochs,
+                "epochs": None if steps > 0 else epochs,
                 "learning_rate": self.args.learning_rate,
                 "batch_size": self.args.per_device_train_batch_size,
                 "max_length": self.max_length,
                 "seeds": {"run": self.seed, "training": self.args.seed},
-                "budget": {
-                    "epochs of a task": self.args.num_train_epochs,
+                "budget": length
+                | {
                     "trained parameters of a task, heads apart": trainable,
                     "rank of one LoRA": rank,
                 },
