@@ -43,7 +43,7 @@ void key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask, int64_t 
                           as<int32_t>(indices),
                           as<float>(weights),
                           as<float>(scores),
-                          as<int8_t>(codes),
+                          as<uint8_t>(codes),
                           as<float>(bounds)};
   slm::key_search(op, num_threads);
 }
@@ -51,7 +51,7 @@ void key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask, int64_t 
 void key_codes(Ptr keys, int key_dtype, int64_t num_keys, int64_t dim, Ptr rows, int64_t num_rows, Ptr codes,
                Ptr bounds, int num_threads) {
   slm::key_codes(as<void>(keys), static_cast<DType>(key_dtype), num_keys, dim, as<int64_t>(rows), num_rows,
-                 as<int8_t>(codes), as<float>(bounds), num_threads);
+                 as<uint8_t>(codes), as<float>(bounds), num_threads);
 }
 
 // The arguments of the CUDA search and of its emulation: key_search's, the transform, the plan.
