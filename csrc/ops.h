@@ -67,6 +67,8 @@ struct Mixture {
 
 // Throw std::invalid_argument on arguments that would read or write out of bounds, and on non-finite queries.
 void key_search(const KeySearch& op, int num_threads);
+// Whether it is so little work that one thread does it whatever num_threads is.
+bool searches_alone(const KeySearch& op);
 // Quantises the keys `rows` [num_rows], or all; slm_fast/reference.py has the layout of codes and bounds.
 void key_codes(const void* keys, DType key_dtype, int64_t num_keys, int64_t dim, const int64_t* rows,
                int64_t num_rows, uint8_t* codes, float* bounds, int num_threads);

@@ -38,6 +38,9 @@ def check_codes(query, keys, bias=None, mask=None, threads=(1, 2), **options):
             want = ops.key_search(query, keys, bias, mask, **options, backend="cpu")
             found = ops.key_search(query, keys, bias, mask, **options, codes=codes, backend="cpu")
             assert same_bits(found, want)
+            # Without a backend, plain tensors go straight to the extension.
+            assert same_bits(ops.key_search(query, keys, bias, mask, **options, codes=codes), want)
+            assert same_bits(ops.key_search(query, keys, bias, mask, **options), want)
     finally:
         torch.set_num_threads(before)
     return want
@@ -252,6 +255,63 @@ def test_every_instruction_set(isa):
     code = f"import test_key_codes; test_key_codes.isa_check({isa!r})"
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def plain_search(query, keys, codes=None, top_k=4, weighting="softmax", temperature=1.0, min_similarity=None):
+    return dispatch.search_tensors(query, keys, codes, top_k, weighting, temperature, min_similarity)
+
+
+@pytest.mark.skipif(dispatch.search_tensors is None, reason="this torch has no DLPack table")
+def test_what_goes_straight_to_the_extension(monkeypatch):
+    query, keys = search_case(3, 100, 16)
+    codes = ops.key_codes(keys)
+    for key_dtype in DTYPES:
+        for weighting in ("similarity", "softmax", "uniform"):
+            typed = keys.to(key_dtype)
+            want = ops.key_search(
+                query, typed, top_k=5, weighting=weighting, temperature=0.5, min_similarity=4.0, backend="cpu"
+            )
+            found = plain_search(query, typed, None, 5, weighting, 0.5, 4.0)
+            assert same_bits(found, want)
+            for f, w in zip(found, want, strict=True):
+                assert f.dtype == w.dtype and f.shape == w.shape and not f.requires_grad
+    assert plain_search(query.clone().requires_grad_(), keys, codes)[1].requires_grad is False
+    assert plain_search(query[:0], keys, codes)[0].shape == (0, 4)
+    wrong = [
+        (query.T.contiguous().T, keys),
+        (query, keys.T.contiguous().T),
+        (query.double(), keys),
+        (query, keys.double()),
+        (query, keys.to("meta")),
+        (query[0], keys),
+        (query, keys[:, :15].contiguous()),
+        (torch.nn.Parameter(query), keys),
+        (query, None),
+        (query, keys, codes, 0),
+        (query, keys, codes, 65),
+        (query, keys, codes, 4.0),
+        (query, keys, codes, 1 << 70),
+        (query, keys, codes, 4, "max"),
+        (query, keys, codes, 4, None),
+        (query, keys, codes, 4, "softmax", 0.0),
+        (query, keys, codes, 4, "softmax", torch.nan),
+        (query, keys, codes, 4, "softmax", torch.inf),
+        (query, keys, codes, 4, "softmax", "1"),
+        (query, keys, codes, 4, "softmax", 1.0, "0"),
+        (query, keys, ops.key_codes(keys[:99])),
+        (query, keys, ops.key_codes(keys[:, :15])),
+        (query, keys, KeyCodes.zeros(100, 16, torch.device("meta"))),
+        (query, keys, keys),
+    ]
+    assert all(plain_search(*arguments) is None for arguments in wrong)
+    with pytest.raises(ValueError, match="query must be finite"):
+        plain_search(query / 0, keys)
+    monkeypatch.setenv("SLM_FAST_BACKEND", "reference")
+    assert plain_search(query, keys, codes) is None
+    want = ops.key_search(query, keys, top_k=4, backend="cpu")
+    monkeypatch.setenv("SLM_FAST_BACKEND", "cpu")
+    monkeypatch.setattr(dispatch, "search_tensors", None)
+    assert same_bits(ops.key_search(query, keys, top_k=4, codes=codes), want)
 
 
 def test_few_keys_are_scored():

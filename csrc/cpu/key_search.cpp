@@ -51,14 +51,17 @@ bool is_coded(const KeySearch& op) { return op.codes && op.top_k <= kMostPicks; 
 
 }  // namespace
 
+bool searches_alone(const KeySearch& op) {
+  return op.num_queries * op.num_keys * op.dim < (is_coded(op) ? kSerialCodes : kSerialWork);
+}
+
 void key_search(const KeySearch& op, int num_threads) {
   if (!all_finite(op.query, op.num_queries * op.dim))
     throw std::invalid_argument("query must be finite, got NaN or infinite values");
   const bool coded = is_coded(op);
   const int64_t queries = coded ? kCodeQueries : kQueries, block = coded ? kCodeKeys : kBlockKeys;
   const int64_t groups = (op.num_queries + queries - 1) / queries;
-  const int64_t work = op.num_queries * op.num_keys * op.dim;
-  const int threads = work < (coded ? kSerialCodes : kSerialWork) ? 1 : num_threads;
+  const int threads = searches_alone(op) ? 1 : num_threads;
   const int64_t blocks = (op.num_keys + block - 1) / block;
   const int64_t slices = groups >= threads ? 1 : std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
 
