@@ -99,7 +99,7 @@ class Pool:
     def index(self) -> int:
         """Bytes of keys and the slots' numbers, which double, of what is searched, and of its codes: in host
         memory."""
-        codes = 32 * math.ceil(self.entries / 32) * (self.dim + CODE_BYTES)
+        codes = 32 * math.ceil(self.entries / 32) * (8 * math.ceil(self.dim / 8) + CODE_BYTES)
         kept = doubled(self.entries, 8) * (4 * self.dim + SLOT_BYTES)
         return kept + self.entries * 4 * (self.dim + 1) + codes
 

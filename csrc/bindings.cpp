@@ -11,6 +11,7 @@
 #include "cpu/parallel.h"
 #include "cuda_source.h"
 #include "ops.h"
+#include "search_tensors.h"
 
 namespace py = pybind11;
 using slm::DType;
@@ -43,7 +44,7 @@ void key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask, int64_t 
                           as<int32_t>(indices),
                           as<float>(weights),
                           as<float>(scores),
-                          as<int8_t>(codes),
+                          as<uint8_t>(codes),
                           as<float>(bounds)};
   slm::key_search(op, num_threads);
 }
@@ -51,7 +52,7 @@ void key_search(Ptr query, Ptr keys, int key_dtype, Ptr bias, Ptr mask, int64_t 
 void key_codes(Ptr keys, int key_dtype, int64_t num_keys, int64_t dim, Ptr rows, int64_t num_rows, Ptr codes,
                Ptr bounds, int num_threads) {
   slm::key_codes(as<void>(keys), static_cast<DType>(key_dtype), num_keys, dim, as<int64_t>(rows), num_rows,
-                 as<int8_t>(codes), as<float>(bounds), num_threads);
+                 as<uint8_t>(codes), as<float>(bounds), num_threads);
 }
 
 // The arguments of the CUDA search and of its emulation: key_search's, the transform, the plan.
@@ -208,6 +209,9 @@ PYBIND11_MODULE(_C, m) {
         arg("mask"), arg("mask_stride"), arg("num_queries"), arg("num_keys"), arg("dim"), arg("top_k"),
         arg("weighting"), arg("temperature"), arg("min_similarity"), arg("indices"), arg("weights"),
         arg("scores"), arg("codes"), arg("bounds"), arg("num_threads"));
+  m.def("use_tensors", &slm::use_tensors, arg("type"), arg("num_threads"));
+  m.def("search_tensors", &slm::search_tensors, arg("query"), arg("keys"), arg("codes"), arg("top_k"),
+        arg("weighting"), arg("temperature"), arg("min_similarity"));
   m.def("key_codes", &key_codes, NoGil(), arg("keys"), arg("key_dtype"), arg("num_keys"), arg("dim"),
         arg("rows"), arg("num_rows"), arg("codes"), arg("bounds"), arg("num_threads"));
   def_cuda_key_search(m, &cuda_key_search);

@@ -25,7 +25,7 @@ struct KeySearch {
   int32_t* indices;  // [num_queries, top_k]
   float* weights;
   float* scores;
-  const int8_t* codes = nullptr;  // of the keys, see key_codes; or null
+  const uint8_t* codes = nullptr;  // of the keys, see key_codes; or null
   const float* bounds = nullptr;
 };
 
@@ -67,9 +67,11 @@ struct Mixture {
 
 // Throw std::invalid_argument on arguments that would read or write out of bounds, and on non-finite queries.
 void key_search(const KeySearch& op, int num_threads);
+// Whether it is so little work that one thread does it whatever num_threads is.
+bool searches_alone(const KeySearch& op);
 // Quantises the keys `rows` [num_rows], or all; slm_fast/reference.py has the layout of codes and bounds.
 void key_codes(const void* keys, DType key_dtype, int64_t num_keys, int64_t dim, const int64_t* rows,
-               int64_t num_rows, int8_t* codes, float* bounds, int num_threads);
+               int64_t num_rows, uint8_t* codes, float* bounds, int num_threads);
 // The CUDA kernel's arithmetic lane by lane on the CPU, for tests.
 void key_search_emulated(const CudaKeySearch& op);
 void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int num_threads);

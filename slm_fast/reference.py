@@ -105,8 +105,10 @@ class KeyCodes:
         keys[p] ~ scale[p] * code[p],   scale[p] = max |keys[p]| / 127,   code[p] = round(keys[p] / scale[p])
         bounds: scale[p], at least |keys[p] - scale[p] code[p]|, at least |keys[p]| and |scale[p] code[p]|
 
-    codes: [ceil(P / 32), ceil(D / 2), 32, 2] int8, code[p][e] = codes[p // 32, e // 2, p % 32, e % 2].
-    bounds: [ceil(P / 32), 3, 32] fp32. What belongs to no key is 0.
+    codes: [ceil(P / 32), S, 2, 32, 4] uint8 with S = ceil(D / 8): four dims of a key lie together, for which
+    processors have one instruction, and the dims of all its eight rows are S apart,
+    code[p][e] = codes[p // 32, e % S, e // S // 4, p % 32, e // S % 4] - 128.
+    bounds: [ceil(P / 32), 3, 32] fp32. What belongs to no key, or to no dim, is 0.
     """
 
     num_keys: int
@@ -117,7 +119,7 @@ class KeyCodes:
     def __post_init__(self) -> None:
         blocks = (self.num_keys + CODE_KEYS - 1) // CODE_KEYS
         for name, dtype, shape in (
-            ("codes", torch.int8, (blocks, (self.dim + 1) // 2, CODE_KEYS, 2)),
+            ("codes", torch.uint8, (blocks, (self.dim + 7) // 8, 2, CODE_KEYS, 4)),
             ("bounds", torch.float32, (blocks, 3, CODE_KEYS)),
         ):
             x = getattr(self, name)
@@ -139,7 +141,7 @@ class KeyCodes:
     @classmethod
     def zeros(cls, num_keys: int, dim: int, device: torch.device) -> "KeyCodes":
         blocks = (num_keys + CODE_KEYS - 1) // CODE_KEYS
-        codes = torch.zeros(blocks, (dim + 1) // 2, CODE_KEYS, 2, dtype=torch.int8, device=device)
+        codes = torch.zeros(blocks, (dim + 7) // 8, 2, CODE_KEYS, 4, dtype=torch.uint8, device=device)
         return cls(num_keys, dim, codes, torch.zeros(blocks, 3, CODE_KEYS, device=device))
 
 
@@ -159,8 +161,9 @@ def key_codes(keys: Tensor, rows: Tensor, out: KeyCodes) -> None:
     larger = norm.maximum(decoded.norm(dim=1, keepdim=True))
     limits = torch.cat([error, larger], 1) * (1 + 2.0**-20)  # which covers the roundings
     block, place = rows // CODE_KEYS, rows % CODE_KEYS
-    e = torch.arange(keys.shape[1], device=keys.device)
-    out.codes[block[:, None], e // 2, place[:, None], e % 2] = code.to(torch.int8)
+    e, steps = torch.arange(keys.shape[1], device=keys.device), max(1, out.codes.shape[1])
+    row, step = e // steps, e % steps
+    out.codes[block[:, None], step, row // 4, place[:, None], row % 4] = (code + 128).to(torch.uint8)
     out.bounds[block, :, place] = torch.cat([scale, torch.where(known, limits, torch.inf).float()], 1)
 
 

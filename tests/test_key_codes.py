@@ -1,6 +1,9 @@
 import copy
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +23,12 @@ def same_bits(found, want):
     )
 
 
+def plain_codes(codes):
+    """[P, D] int64."""
+    rows = codes.codes.permute(0, 3, 2, 4, 1).flatten(2).flatten(0, 1)
+    return rows[: codes.num_keys, : codes.dim].long() - 128
+
+
 def check_codes(query, keys, bias=None, mask=None, threads=(1, 2), **options):
     """A search with codes against one without, bit for bit, on one thread and on two."""
     codes, before = ops.key_codes(keys, backend="cpu"), torch.get_num_threads()
@@ -29,6 +38,9 @@ def check_codes(query, keys, bias=None, mask=None, threads=(1, 2), **options):
             want = ops.key_search(query, keys, bias, mask, **options, backend="cpu")
             found = ops.key_search(query, keys, bias, mask, **options, codes=codes, backend="cpu")
             assert same_bits(found, want)
+            # Without a backend, plain tensors go straight to the extension.
+            assert same_bits(ops.key_search(query, keys, bias, mask, **options, codes=codes), want)
+            assert same_bits(ops.key_search(query, keys, bias, mask, **options), want)
     finally:
         torch.set_num_threads(before)
     return want
@@ -147,20 +159,159 @@ def test_one_large_value_a_key():
 
 
 def test_the_error_bound_is_needed_and_tight():
-    """The best key scores only by what its codes lose, all of it: seven tenths of the bound miss it."""
-    _, keys = search_case(1, 2, 64)
-    best = ops.key_codes(keys[:1])
-    decoded = best.bounds[0, 0, 0] * best.codes[0, :, 0].flatten().float()
-    lost = keys[0] - decoded
-    query = (lost / lost.norm())[None]
-    coded = (127 * query[0] / query.abs().max()).round()  # a key that its codes describe exactly
-    keys[1] = coded * ((query[0] @ keys[0] - 0.1 * lost.norm()) / (query[0] @ coded))
+    """The best key scores only by what its codes lose, all of it: seven tenths of the bound miss it.
+
+    The query loses nothing: it is 63 (or 127) of its scale everywhere, see `coded_query`.
+    """
+    query = torch.ones(1, 64)
+    query[:, 32:] = -1
+    code = torch.randint(-120, 120, (64,), generator=torch.Generator().manual_seed(0)).float()
+    code[0] = 127
+    lost = 0.45 * query[0]
+    lost[0] = 0
+    coded = 127 * query[0]  # a key that its codes describe exactly
+    keys = torch.stack([code + lost, coded * ((query[0] @ (code + 0.9 * lost)) / (query[0] @ coded))])
     indices, _, scores = check_codes(query, keys, top_k=2)
     assert indices.tolist() == [[0, 1]]
     assert ops.key_search(query, keys, top_k=1, codes=ops.key_codes(keys))[0].tolist() == [[0]]
     wrong = ops.key_codes(keys)
     wrong.bounds[0, 1] *= 0.7
     assert ops.key_search(query, keys, top_k=1, codes=wrong)[0].tolist() == [[1]]
+
+
+def coded_query(query, narrow):
+    """What a search makes of a query [D]: without 8-bit products of their own, the most that four of its
+    values may add up to limits the scale."""
+    x = torch.nn.functional.pad(query, (0, -len(query) % 8)).view(8, -1)
+    scale = x.abs().max() / 127
+    if narrow:
+        sums = x.view(2, 2, 2, -1).permute(1, 0, 2, 3).reshape(2, 4, -1)
+        scale = torch.maximum(sums.clamp(min=0).sum(1), -sums.clamp(max=0).sum(1)).max() / 126
+    return scale * (query / scale).round()
+
+
+def test_what_a_query_loses():
+    """The best key scores only by what the query loses as integers; all keys are exactly their codes."""
+    for seed in range(20):
+        for dim in (5, 64, 100, 384):
+            query, noise = search_case(1, 1, dim, seed=seed)
+            if seed % 4 == 1:
+                query[0, seed % dim] = 1e3  # the integers of all others are 0
+            if seed % 4 == 2:
+                query = query.sign() * (1 + 0.01 * noise)
+            for narrow in (False, True):
+                known = coded_query(query[0], narrow)
+                lost = query[0] - known
+                best = 127 * torch.where(lost < 0, -1.0, 1.0)
+                if query[0] @ best < 0:
+                    continue
+                other = (127 * known / known.abs().max()).round()
+                other *= (query[0] @ best - 0.1 * (lost @ best)) / (query[0] @ other)
+                keys = torch.cat([-torch.ones(40, dim), torch.stack([best, other])])
+                indices, _, _ = check_codes(query, keys, top_k=1, threads=[1])
+                assert indices.tolist() == [[40]]
+
+
+def test_extremes_do_not_overflow():
+    """All signs of the eight rows whose products are added up, with codes of -127 and 127 and values of a
+    query that round up, all of them."""
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 8)
+    for dim in (8, 64, 384, 2688):
+        query = signs.repeat_interleave(dim // 8, 1)
+        keys = torch.cat([query, torch.ones(2, dim), -torch.ones(2, dim)])
+        for scale in (1.0, 1e-6, 1e6):
+            indices, _, scores = check_codes(scale * query, keys, top_k=2, threads=[1])
+            assert (scores[:, 0] >= 0.999 * scale * dim).all()
+    ones = torch.ones(3, 8) * torch.tensor([[1.0], [-1.0], [0.5]])
+    check_codes(ones, torch.randn(100, 8).sign(), top_k=64)
+
+
+def isa_check(isa):
+    """Run in a subprocess with SLM_FAST_ISA set."""
+    assert dispatch.cpu_info()["isa"] == isa
+    test_the_error_bound_is_needed_and_tight()
+    test_what_a_query_loses()
+    test_extremes_do_not_overflow()
+    test_ties_and_near_duplicates()
+    test_one_large_value_a_key()
+    test_zeros()
+    test_norms_of_all_sizes("random")
+    test_few_keys_are_scored()
+    for dim in (1, 7, 33, 100, 384, 1023):
+        query, keys = search_case(19, 1100, dim)
+        check_codes(query, keys, top_k=4)
+
+
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "baseline"])
+def test_every_instruction_set(isa):
+    from slm_fast import _C
+
+    if isa not in _C.isa_supported():
+        pytest.skip("not supported by this processor")
+    env = os.environ | {
+        "SLM_FAST_ISA": isa,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+    }
+    code = f"import test_key_codes; test_key_codes.isa_check({isa!r})"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def plain_search(query, keys, codes=None, top_k=4, weighting="softmax", temperature=1.0, min_similarity=None):
+    return dispatch.search_tensors(query, keys, codes, top_k, weighting, temperature, min_similarity)
+
+
+@pytest.mark.skipif(dispatch.search_tensors is None, reason="this torch has no DLPack table")
+def test_what_goes_straight_to_the_extension(monkeypatch):
+    query, keys = search_case(3, 100, 16)
+    codes = ops.key_codes(keys)
+    for key_dtype in DTYPES:
+        for weighting in ("similarity", "softmax", "uniform"):
+            typed = keys.to(key_dtype)
+            want = ops.key_search(
+                query, typed, top_k=5, weighting=weighting, temperature=0.5, min_similarity=4.0, backend="cpu"
+            )
+            found = plain_search(query, typed, None, 5, weighting, 0.5, 4.0)
+            assert same_bits(found, want)
+            for f, w in zip(found, want, strict=True):
+                assert f.dtype == w.dtype and f.shape == w.shape and not f.requires_grad
+    assert plain_search(query.clone().requires_grad_(), keys, codes)[1].requires_grad is False
+    assert plain_search(query[:0], keys, codes)[0].shape == (0, 4)
+    wrong = [
+        (query.T.contiguous().T, keys),
+        (query, keys.T.contiguous().T),
+        (query.double(), keys),
+        (query, keys.double()),
+        (query, keys.to("meta")),
+        (query[0], keys),
+        (query, keys[:, :15].contiguous()),
+        (torch.nn.Parameter(query), keys),
+        (query, None),
+        (query, keys, codes, 0),
+        (query, keys, codes, 65),
+        (query, keys, codes, 4.0),
+        (query, keys, codes, 1 << 70),
+        (query, keys, codes, 4, "max"),
+        (query, keys, codes, 4, None),
+        (query, keys, codes, 4, "softmax", 0.0),
+        (query, keys, codes, 4, "softmax", torch.nan),
+        (query, keys, codes, 4, "softmax", torch.inf),
+        (query, keys, codes, 4, "softmax", "1"),
+        (query, keys, codes, 4, "softmax", 1.0, "0"),
+        (query, keys, ops.key_codes(keys[:99])),
+        (query, keys, ops.key_codes(keys[:, :15])),
+        (query, keys, KeyCodes.zeros(100, 16, torch.device("meta"))),
+        (query, keys, keys),
+    ]
+    assert all(plain_search(*arguments) is None for arguments in wrong)
+    with pytest.raises(ValueError, match="query must be finite"):
+        plain_search(query / 0, keys)
+    monkeypatch.setenv("SLM_FAST_BACKEND", "reference")
+    assert plain_search(query, keys, codes) is None
+    want = ops.key_search(query, keys, top_k=4, backend="cpu")
+    monkeypatch.setenv("SLM_FAST_BACKEND", "cpu")
+    monkeypatch.setattr(dispatch, "search_tensors", None)
+    assert same_bits(ops.key_search(query, keys, top_k=4, codes=codes), want)
 
 
 def test_few_keys_are_scored():
@@ -192,10 +343,11 @@ def test_codes_follow_the_formula(backend):
         _, keys = search_case(1, num_keys, dim)
         keys[num_keys // 2 :] *= 1e-3
         found = ops.key_codes(keys, backend=backend)
-        code = found.codes.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+        code = plain_codes(found)
         scale, error, norm = found.bounds.transpose(0, 1).flatten(1)[:, :num_keys, None].double()
-        assert not code[num_keys:].any() and not code[:, dim:].any()
-        decoded = scale * code[:num_keys, :dim]
+        stored = found.codes.permute(0, 3, 2, 4, 1).flatten(2).flatten(0, 1)  # [32 blocks, 8 steps]
+        assert not stored[num_keys:].any() and not stored[:, dim:].any()
+        decoded = scale * code
         assert ((keys - decoded).abs() <= scale * 0.5001).all()
         assert ((keys - decoded).norm(dim=1) <= error[:, 0]).all() and (
             keys.double().norm(dim=1) <= norm[:, 0]
@@ -211,7 +363,7 @@ def test_backends_make_the_same_codes(key_dtype):
     a, b = (ops.key_codes(keys, backend=backend) for backend in BACKENDS)
     assert torch.equal(a.codes, b.codes)
     torch.testing.assert_close(a.bounds, b.bounds, rtol=1e-6, atol=0)
-    assert a.bounds[0, 1:, 3:7].isinf().all() and not a.codes[0, :, 3:7].any()
+    assert a.bounds[0, 1:, 3:7].isinf().all() and not plain_codes(a)[3:7].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -246,7 +398,7 @@ def test_rejects():
             ops.key_search(query, keys, top_k=4, codes=ops.key_codes(other))
     with pytest.raises(ValueError, match="codes must be on cpu, got meta"):
         ops.key_search(query, keys, top_k=4, codes=KeyCodes.zeros(100, 16, torch.device("meta")))
-    with pytest.raises(ValueError, match="codes must be contiguous torch.int8"):
+    with pytest.raises(ValueError, match="codes must be contiguous torch.uint8"):
         dataclasses.replace(codes, codes=codes.codes[:1])
     with pytest.raises(ValueError, match="bounds must be contiguous torch.float32"):
         dataclasses.replace(codes, bounds=codes.bounds.half())

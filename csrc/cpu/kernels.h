@@ -66,7 +66,7 @@ struct LinearKernels {
   void (*rotate)(void* x, const void* cos, const void* sin, int dtype, int64_t head_size);
 };
 
-// The layout of quantised keys, reference.KeyCodes: codes [blocks][pairs of dims][kCodeKeys][2], bounds
+// The layout of quantised keys, reference.KeyCodes: codes [blocks][steps of 8 dims][2][kCodeKeys][4], bounds
 // [blocks][kCodeBounds][kCodeKeys]. A search takes them kCodeChunk keys and kCodeQueries queries at a time.
 constexpr int64_t kCodeKeys = 32, kCodeBounds = 3, kCodeChunk = 1024, kCodeQueries = 16;
 constexpr int64_t kMostPicks = 64;
@@ -96,12 +96,11 @@ struct Kernels {
                  int64_t top_k, float* scores, int32_t* indices);
 
   // The same lists by way of the keys' codes and bounds; num_q <= kCodeQueries, top_k <= kMostPicks, `begin`
-  // a multiple of kCodeKeys. values: [num_q][dim, rounded up to even], dots: [num_q][kCodeChunk], both
-  // scratch.
+  // a multiple of kCodeKeys. row: [8][steps], words: [num_q][steps][2], both scratch.
   void (*search_codes)(const float* query, int64_t num_q, int64_t dim, const void* keys, int key_dtype,
-                       const int8_t* codes, const float* bounds, int64_t begin, int64_t end,
-                       const float* bias, const uint8_t* mask, int64_t mask_stride, int64_t top_k,
-                       int16_t* values, int32_t* dots, float* scores, int32_t* indices);
+                       const uint8_t* codes, const float* bounds, int64_t begin, int64_t end,
+                       const float* bias, const uint8_t* mask, int64_t mask_stride, int64_t top_k, float* row,
+                       uint32_t* words, float* scores, int32_t* indices);
 
   // The bitwise or of `bytes` bytes, a multiple of kReadPiece.
   uint64_t (*read)(const char* begin, int64_t bytes);

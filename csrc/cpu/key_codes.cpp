@@ -26,7 +26,8 @@ void widen(const void* keys, DType dtype, int64_t begin, int64_t dim, float* key
 
 float above(double bound) { return static_cast<float>(bound * kUp); }
 
-void encode(const float* key, int64_t dim, int8_t* codes, float* bounds) {
+void encode(const float* key, int64_t dim, uint8_t* codes, float* bounds) {
+  const int64_t steps = (dim + 7) / 8;
   float size = 0.0f;
   double squares = 0.0, decoded_squares = 0.0, errors = 0.0;
   for (int64_t d = 0; d < dim; ++d) {
@@ -41,7 +42,8 @@ void encode(const float* key, int64_t dim, int8_t* codes, float* bounds) {
     const double decoded = static_cast<double>(scale) * code, off = key[d] - decoded;
     decoded_squares += decoded * decoded;
     errors += off * off;
-    codes[d / 2 * 2 * kCodeKeys + d % 2] = static_cast<int8_t>(code);
+    const int64_t row = d / steps;  // of [2][4]
+    codes[(d % steps * 2 + row / 4) * 4 * kCodeKeys + row % 4] = static_cast<uint8_t>(code + 128.0f);
   }
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   bounds[0] = scale;
@@ -52,14 +54,14 @@ void encode(const float* key, int64_t dim, int8_t* codes, float* bounds) {
 }  // namespace
 
 void key_codes(const void* keys, DType key_dtype, int64_t num_keys, int64_t dim, const int64_t* rows,
-               int64_t num_rows, int8_t* codes, float* bounds, int num_threads) {
-  const int64_t count = rows ? num_rows : num_keys, block_bytes = (dim + 1) / 2 * 2 * kCodeKeys;
+               int64_t num_rows, uint8_t* codes, float* bounds, int num_threads) {
+  const int64_t count = rows ? num_rows : num_keys, block_bytes = (dim + 7) / 8 * 8 * kCodeKeys;
   parallel_for((count + kCodeKeys - 1) / kCodeKeys, num_threads, [&](int64_t chunk) {
     std::vector<float> key(dim);
     for (int64_t i = chunk * kCodeKeys; i < std::min((chunk + 1) * kCodeKeys, count); ++i) {
       const int64_t row = rows ? rows[i] : i, block = row / kCodeKeys, j = row % kCodeKeys;
       widen(keys, key_dtype, row * dim, dim, key.data());
-      encode(key.data(), dim, codes + block * block_bytes + 2 * j,
+      encode(key.data(), dim, codes + block * block_bytes + 4 * j,
              bounds + block * kCodeBounds * kCodeKeys + j);
     }
   });

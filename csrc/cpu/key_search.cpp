@@ -38,24 +38,30 @@ void search_keys(const KeySearch& op, int64_t q, int64_t num_q, int64_t begin, i
 }
 
 void search_codes(const KeySearch& op, int64_t q, int64_t num_q, int64_t begin, int64_t end, Lists lists) {
-  const std::unique_ptr<int16_t[]> values(new int16_t[num_q * (op.dim + 1)]);
-  const std::unique_ptr<int32_t[]> dots(new int32_t[num_q * kCodeChunk]);
+  const int64_t steps = (op.dim + 7) / 8;
+  const std::unique_ptr<uint32_t[]> words(new uint32_t[num_q * 2 * steps]);
+  const std::unique_ptr<float[]> row(op.dim % 8 ? new float[8 * steps] : nullptr);
   kernels().search_codes(op.query + q * op.dim, num_q, op.dim, op.keys, static_cast<int>(op.key_dtype),
                          op.codes, op.bounds, begin, end, op.bias,
                          op.mask ? op.mask + q * op.mask_stride : nullptr, op.mask_stride, op.top_k,
-                         values.get(), dots.get(), lists.scores + q * op.top_k, lists.indices + q * op.top_k);
+                         row.get(), words.get(), lists.scores + q * op.top_k, lists.indices + q * op.top_k);
 }
 
+bool is_coded(const KeySearch& op) { return op.codes && op.top_k <= kMostPicks; }
+
 }  // namespace
+
+bool searches_alone(const KeySearch& op) {
+  return op.num_queries * op.num_keys * op.dim < (is_coded(op) ? kSerialCodes : kSerialWork);
+}
 
 void key_search(const KeySearch& op, int num_threads) {
   if (!all_finite(op.query, op.num_queries * op.dim))
     throw std::invalid_argument("query must be finite, got NaN or infinite values");
-  const bool coded = op.codes && op.top_k <= kMostPicks;
+  const bool coded = is_coded(op);
   const int64_t queries = coded ? kCodeQueries : kQueries, block = coded ? kCodeKeys : kBlockKeys;
   const int64_t groups = (op.num_queries + queries - 1) / queries;
-  const int64_t work = op.num_queries * op.num_keys * op.dim;
-  const int threads = work < (coded ? kSerialCodes : kSerialWork) ? 1 : num_threads;
+  const int threads = searches_alone(op) ? 1 : num_threads;
   const int64_t blocks = (op.num_keys + block - 1) / block;
   const int64_t slices = groups >= threads ? 1 : std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
 

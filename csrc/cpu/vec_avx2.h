@@ -21,6 +21,8 @@ inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 inline V div(V a, V b) { return _mm256_div_ps(a, b); }
 inline V clamp(V a, float lo, float hi) { return _mm256_min_ps(_mm256_max_ps(a, set1(lo)), set1(hi)); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V max(V a, V b) { return _mm256_max_ps(a, b); }
+inline V abs(V a) { return _mm256_andnot_ps(set1(-0.0f), a); }
 inline bool any_greater(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 inline bool any_not_less(V a, V b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)) != 0;
@@ -104,6 +106,20 @@ inline void sums(const V* v, float* out, int64_t stride) {
   } else {
     repeat<NT * NJ>([&](auto i) SLM_INLINE { out[i / NJ * stride + i % NJ] = sum(v[i]); });
   }
+}
+
+// Integers: what a step of the product of quantised keys takes.
+using I = __m256i;
+inline I set1(int32_t a) { return _mm256_set1_epi32(a); }
+inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+inline void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<I*>(p), a); }
+
+// Each 32-bit lane's sum of products of its 4 unsigned bytes of ka, kb with the signed ones of qa, qb.
+constexpr bool kSumsIn16Bits = true;
+inline I products(I ka, I qa, I kb, I qb) {
+  const I sums = _mm256_add_epi16(_mm256_maddubs_epi16(ka, qa), _mm256_maddubs_epi16(kb, qb));
+  return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 }
 
 }  // namespace

@@ -22,6 +22,8 @@ inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V clamp(V a, float lo, float hi) { return _mm512_min_ps(_mm512_max_ps(a, set1(lo)), set1(hi)); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V max(V a, V b) { return _mm512_max_ps(a, b); }
+inline V abs(V a) { return _mm512_abs_ps(a); }
 inline bool any_greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 inline bool any_not_less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) != 0; }  // NaN is not
 
@@ -122,6 +124,27 @@ inline void sums(const V* v, float* out, int64_t stride) {
     repeat<NT * NJ>([&](auto i) SLM_INLINE { out[i / NJ * stride + i % NJ] = sum(v[i]); });
   }
 }
+
+// Integers: what a step of the product of quantised keys takes.
+using I = __m512i;
+inline I set1(int32_t a) { return _mm512_set1_epi32(a); }
+inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void store(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
+
+// Each 32-bit lane's sum of products of its 4 unsigned bytes of ka, kb with the signed ones of qa, qb.
+#ifdef __AVX512VNNI__
+constexpr bool kSumsIn16Bits = false;
+inline I products(I ka, I qa, I kb, I qb) {
+  return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ka, qa), kb, qb);
+}
+#else
+constexpr bool kSumsIn16Bits = true;
+inline I products(I ka, I qa, I kb, I qb) {
+  const I sums = _mm512_add_epi16(_mm512_maddubs_epi16(ka, qa), _mm512_maddubs_epi16(kb, qb));
+  return _mm512_madd_epi16(sums, _mm512_set1_epi16(1));
+}
+#endif
 
 }  // namespace
 }  // namespace SLM_ISA

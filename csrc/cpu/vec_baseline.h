@@ -27,6 +27,8 @@ inline V pow2(V biased) {
   return biased;
 }
 inline V fma(V a, V b, V c) { return a * b + c; }  // two roundings: built with -ffp-contract=off
+inline V max(V a, V b) { return a > b ? a : b; }
+inline V abs(V a) { return max(a, -a); }
 inline bool any_greater(V a, V b) { return a[0] > b[0] || a[1] > b[1] || a[2] > b[2] || a[3] > b[3]; }
 inline bool any_not_less(V a, V b) {
   return !(a[0] < b[0] && a[1] < b[1] && a[2] < b[2] && a[3] < b[3]);
@@ -72,6 +74,31 @@ inline float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 template <int NT, int NJ>
 inline void sums(const V* v, float* out, int64_t stride) {
   repeat<NT * NJ>([&](auto i) SLM_INLINE { out[i / NJ * stride + i % NJ] = sum(v[i]); });
+}
+
+// Integers: what a step of the product of quantised keys takes.
+typedef int32_t I __attribute__((vector_size(16)));
+inline I set1(int32_t a) { return I{a, a, a, a}; }
+inline I add(I a, I b) { return a + b; }
+inline I load_bytes(const uint8_t* p) {
+  I v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(int32_t* p, I a) { __builtin_memcpy(p, &a, sizeof a); }
+
+// Each 32-bit lane's sum of products of its 4 unsigned bytes of ka, kb with the signed ones of qa, qb.
+constexpr bool kSumsIn16Bits = true;
+typedef int16_t Halves __attribute__((vector_size(16)));
+typedef uint16_t UnsignedHalves __attribute__((vector_size(16)));
+inline Halves pair_sums(I k, I q) {
+  const UnsignedHalves ks = (UnsignedHalves)k;
+  const Halves qs = (Halves)q, low = (Halves)((UnsignedHalves)q << 8) >> 8;
+  return (Halves)(ks & 255) * low + (Halves)(ks >> 8) * (qs >> 8);
+}
+inline I products(I ka, I qa, I kb, I qb) {
+  const I sums = (I)(pair_sums(ka, qa) + pair_sums(kb, qb));
+  return (sums << 16 >> 16) + (sums >> 16);
 }
 
 }  // namespace

@@ -1,0 +1,167 @@
+#include "search_tensors.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "ops.h"
+#include "tensors.h"
+
+namespace py = pybind11;
+
+namespace slm {
+namespace {
+
+// Kept for ever: they outlive the interpreter's last call.
+struct Torch {
+  PyTypeObject* tensor = nullptr;
+  const DLPackExchangeAPI* api = nullptr;
+  PyObject* num_threads = nullptr;
+  PyObject *codes, *bounds, *num_keys, *dim;  // names
+} torch;
+
+// A contiguous tensor on the CPU.
+bool borrow(PyObject* object, uint8_t code, uint8_t bits, int ndim, DLTensor& out) {
+  if (Py_TYPE(object) != torch.tensor) return false;
+  if (torch.api->borrow(object, &out) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (out.device_type != 1 || out.ndim != ndim || out.lanes != 1) return false;
+  if (bits && (out.code != code || out.bits != bits)) return false;
+  int64_t size = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    if (out.shape[i] != 1 && out.strides[i] != size) return false;
+    size *= out.shape[i];
+  }
+  out.data = static_cast<char*>(out.data) + out.byte_offset;
+  return true;
+}
+
+bool integer(PyObject* object, int64_t& out) {
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  out = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+bool attribute_is(PyObject* object, PyObject* name, int64_t wanted) {
+  const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  int64_t found;
+  if (!value) PyErr_Clear();
+  return value && integer(value.ptr(), found) && found == wanted;
+}
+
+bool borrow_codes(PyObject* object, KeySearch& op) {
+  if (!attribute_is(object, torch.num_keys, op.num_keys) || !attribute_is(object, torch.dim, op.dim))
+    return false;
+  const auto codes = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, torch.codes));
+  const auto bounds = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, torch.bounds));
+  DLTensor c, b;
+  if (!codes || !bounds) {
+    PyErr_Clear();
+    return false;
+  }
+  const int64_t blocks = (op.num_keys + kCodeKeys - 1) / kCodeKeys;
+  if (!borrow(codes.ptr(), 1, 8, 5, c) || !borrow(bounds.ptr(), 2, 32, 3, b)) return false;
+  if (c.shape[0] != blocks || c.shape[1] != (op.dim + 7) / 8 || b.shape[0] != blocks) return false;
+  op.codes = static_cast<const uint8_t*>(c.data);
+  op.bounds = static_cast<const float*>(b.data);
+  return true;
+}
+
+bool weighting_of(PyObject* object, Weighting& out) {
+  if (!PyUnicode_CheckExact(object)) return false;
+  const char* const names[] = {"similarity", "softmax", "uniform"};
+  for (int i = 0; i < 3; ++i) {
+    if (PyUnicode_CompareWithASCIIString(object, names[i]) != 0) continue;
+    out = static_cast<Weighting>(i);
+    return true;
+  }
+  return false;
+}
+
+bool number(PyObject* object, float& out) {
+  if (!PyFloat_CheckExact(object)) return false;
+  out = static_cast<float>(PyFloat_AS_DOUBLE(object));
+  return true;
+}
+
+void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
+
+py::object empty(uint8_t code, int64_t rows, int64_t columns, void** data) {
+  int64_t shape[2] = {rows, columns};
+  DLTensor prototype{nullptr, 1, 0, 2, code, 32, 1, shape, nullptr, 0};
+  DLManagedTensorVersioned* made = nullptr;
+  void* object = nullptr;
+  if (torch.api->allocate(&prototype, &made, nullptr, set_error) != 0) throw py::error_already_set();
+  *data = made->tensor.data;
+  if (torch.api->object_from_managed(made, &object) != 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+}  // namespace
+
+bool use_tensors(py::handle type, py::handle num_threads) {
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return false;
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
+  const auto api =
+      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api->version.major != 1 || !api->borrow) return false;
+  torch = {reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()),
+           api,
+           num_threads.inc_ref().ptr(),
+           PyUnicode_InternFromString("codes"),
+           PyUnicode_InternFromString("bounds"),
+           PyUnicode_InternFromString("num_keys"),
+           PyUnicode_InternFromString("dim")};
+  return true;
+}
+
+py::object search_tensors(py::handle query, py::handle keys, py::handle codes, py::handle top_k,
+                          py::handle weighting, py::handle temperature, py::handle min_similarity) {
+  KeySearch op{};
+  DLTensor q, k;
+  if (!torch.api || !borrow(query.ptr(), 2, 32, 2, q) || !borrow(keys.ptr(), 0, 0, 2, k)) return py::none();
+  if (k.bits == 32 && k.code == 2)
+    op.key_dtype = DType::f32;
+  else if (k.bits == 16 && (k.code == 2 || k.code == 4))
+    op.key_dtype = k.code == 4 ? DType::bf16 : DType::f16;
+  else
+    return py::none();
+  op.query = static_cast<const float*>(q.data);
+  op.keys = k.data;
+  op.num_queries = q.shape[0];
+  op.dim = q.shape[1];
+  op.num_keys = k.shape[0];
+  if (k.shape[1] != op.dim || !integer(top_k.ptr(), op.top_k) || op.top_k < 1 || op.top_k > kMostPicks ||
+      !weighting_of(weighting.ptr(), op.weighting) || !number(temperature.ptr(), op.temperature) ||
+      !(op.temperature > 0.0f && std::isfinite(op.temperature)))
+    return py::none();
+  op.min_similarity = minus_infinity();
+  if (!min_similarity.is_none() && !number(min_similarity.ptr(), op.min_similarity)) return py::none();
+  if (!codes.is_none() && !borrow_codes(codes.ptr(), op)) return py::none();
+  const char* const backend = std::getenv("SLM_FAST_BACKEND");
+  if (backend && *backend && std::strcmp(backend, "cpu") != 0 && std::strcmp(backend, "auto") != 0)
+    return py::none();
+
+  void *indices, *weights, *scores;
+  py::object made[] = {empty(0, op.num_queries, op.top_k, &indices),
+                       empty(2, op.num_queries, op.top_k, &weights),
+                       empty(2, op.num_queries, op.top_k, &scores)};
+  op.indices = static_cast<int32_t*>(indices);
+  op.weights = static_cast<float*>(weights);
+  op.scores = static_cast<float*>(scores);
+  const int num_threads = searches_alone(op) ? 1 : py::cast<int>(py::handle(torch.num_threads)());
+  {
+    const py::gil_scoped_release no_gil;
+    key_search(op, num_threads);
+  }
+  PyObject* const found = PyTuple_New(3);
+  for (int i = 0; i < 3; ++i) PyTuple_SET_ITEM(found, i, made[i].release().ptr());
+  return py::reinterpret_steal<py::object>(found);
+}
+
+}  // namespace slm

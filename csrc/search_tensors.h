@@ -1,0 +1,18 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace slm {
+
+// What search_tensors needs of torch: the type, with its DLPack table, and torch.get_num_threads. False where
+// this torch has no such table.
+bool use_tensors(pybind11::handle type, pybind11::handle num_threads);
+
+// ops.key_search of plain tensors on the CPU, without bias, mask and transform of the query; None for
+// anything else, and for whatever ops.key_search would refuse. The same steps in Python take longer than a
+// search of a thousand keys: 12 us.
+pybind11::object search_tensors(pybind11::handle query, pybind11::handle keys, pybind11::handle codes,
+                                pybind11::handle top_k, pybind11::handle weighting,
+                                pybind11::handle temperature, pybind11::handle min_similarity);
+
+}  // namespace slm
