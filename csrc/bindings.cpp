@@ -210,8 +210,9 @@ PYBIND11_MODULE(_C, m) {
         arg("weighting"), arg("temperature"), arg("min_similarity"), arg("indices"), arg("weights"),
         arg("scores"), arg("codes"), arg("bounds"), arg("num_threads"));
   m.def("use_tensors", &slm::use_tensors, arg("type"), arg("num_threads"));
-  m.def("search_tensors", &slm::search_tensors, arg("query"), arg("keys"), arg("codes"), arg("top_k"),
-        arg("weighting"), arg("temperature"), arg("min_similarity"));
+  m.def("search_tensors", &slm::search_tensors, arg("query"), arg("keys"), arg("bias"), arg("mask"),
+        arg("shift"), arg("codes"), arg("top_k"), arg("weighting"), arg("temperature"),
+        arg("min_similarity"));
   m.def("key_codes", &key_codes, NoGil(), arg("keys"), arg("key_dtype"), arg("num_keys"), arg("dim"),
         arg("rows"), arg("num_rows"), arg("codes"), arg("bounds"), arg("num_threads"));
   def_cuda_key_search(m, &cuda_key_search);

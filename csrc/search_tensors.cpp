@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "ops.h"
@@ -21,7 +22,9 @@ struct Torch {
   PyObject *codes, *bounds, *num_keys, *dim;  // names
 } torch;
 
-// A contiguous tensor on the CPU.
+constexpr uint8_t kFloat = 2, kBool = 6;  // of DLPack
+
+// A contiguous tensor on the CPU; bits 0: of any type.
 bool borrow(PyObject* object, uint8_t code, uint8_t bits, int ndim, DLTensor& out) {
   if (Py_TYPE(object) != torch.tensor) return false;
   if (torch.api->borrow(object, &out) != 0) {
@@ -68,6 +71,44 @@ bool borrow_codes(PyObject* object, KeySearch& op) {
   if (c.shape[0] != blocks || c.shape[1] != (op.dim + 7) / 8 || b.shape[0] != blocks) return false;
   op.codes = static_cast<const uint8_t*>(c.data);
   op.bounds = static_cast<const float*>(b.data);
+  return true;
+}
+
+// [num_keys], or null where there is none.
+bool borrow_bias(PyObject* object, KeySearch& op) {
+  DLTensor b;
+  if (object == Py_None) return true;
+  if (!borrow(object, kFloat, 32, 1, b) || b.shape[0] != op.num_keys) return false;
+  op.bias = static_cast<const float*>(b.data);
+  return true;
+}
+
+// [num_keys] or [num_queries, num_keys], or null where there is none.
+bool borrow_mask(PyObject* object, KeySearch& op) {
+  DLTensor m;
+  if (object == Py_None) return true;
+  if (borrow(object, kBool, 8, 1, m)) {
+    if (m.shape[0] != op.num_keys) return false;
+  } else if (borrow(object, kBool, 8, 2, m)) {
+    if (m.shape[0] != op.num_queries || m.shape[1] != op.num_keys) return false;
+    op.mask_stride = op.num_keys;
+  } else {
+    return false;
+  }
+  op.mask = static_cast<const uint8_t*>(m.data);
+  return true;
+}
+
+// The queries less shift [dim], in `moved`; as they are where there is none.
+bool move_queries(PyObject* shift, KeySearch& op, std::vector<float>& moved) {
+  DLTensor s;
+  if (shift == Py_None) return true;
+  if (!borrow(shift, kFloat, 32, 1, s) || s.shape[0] != op.dim) return false;
+  moved.resize(op.num_queries * op.dim);
+  const float* const by = static_cast<const float*>(s.data);
+  for (int64_t q = 0; q < op.num_queries; ++q)
+    for (int64_t d = 0; d < op.dim; ++d) moved[q * op.dim + d] = op.query[q * op.dim + d] - by[d];
+  op.query = moved.data();
   return true;
 }
 
@@ -120,11 +161,13 @@ bool use_tensors(py::handle type, py::handle num_threads) {
   return true;
 }
 
-py::object search_tensors(py::handle query, py::handle keys, py::handle codes, py::handle top_k,
-                          py::handle weighting, py::handle temperature, py::handle min_similarity) {
+py::object search_tensors(py::handle query, py::handle keys, py::handle bias, py::handle mask,
+                          py::handle shift, py::handle codes, py::handle top_k, py::handle weighting,
+                          py::handle temperature, py::handle min_similarity) {
   KeySearch op{};
   DLTensor q, k;
-  if (!torch.api || !borrow(query.ptr(), 2, 32, 2, q) || !borrow(keys.ptr(), 0, 0, 2, k)) return py::none();
+  if (!torch.api || !borrow(query.ptr(), kFloat, 32, 2, q) || !borrow(keys.ptr(), 0, 0, 2, k))
+    return py::none();
   if (k.bits == 32 && k.code == 2)
     op.key_dtype = DType::f32;
   else if (k.bits == 16 && (k.code == 2 || k.code == 4))
@@ -142,10 +185,13 @@ py::object search_tensors(py::handle query, py::handle keys, py::handle codes, p
     return py::none();
   op.min_similarity = minus_infinity();
   if (!min_similarity.is_none() && !number(min_similarity.ptr(), op.min_similarity)) return py::none();
+  if (!borrow_bias(bias.ptr(), op) || !borrow_mask(mask.ptr(), op)) return py::none();
   if (!codes.is_none() && !borrow_codes(codes.ptr(), op)) return py::none();
   const char* const backend = std::getenv("SLM_FAST_BACKEND");
   if (backend && *backend && std::strcmp(backend, "cpu") != 0 && std::strcmp(backend, "auto") != 0)
     return py::none();
+  std::vector<float> moved;
+  if (!move_queries(shift.ptr(), op, moved)) return py::none();
 
   void *indices, *weights, *scores;
   py::object made[] = {empty(0, op.num_queries, op.top_k, &indices),

@@ -69,10 +69,11 @@ def key_search(
     at the queries: a row that is not finite gets index 0 and NaN weights and scores.
     Source: SLM (ICLR 2024), DTKR.
     """
-    plain = bias is None and mask is None and num_groups is None and shift is None and backend is None
-    if plain and dispatch.search_tensors is not None:  # what it refuses is refused, or searched, below
-        found = dispatch.search_tensors(query, keys, codes, top_k, weighting, temperature, min_similarity)
-        if found is not None:
+    if num_groups is None and backend is None and dispatch.search_tensors is not None:
+        found = dispatch.search_tensors(
+            query, keys, bias, mask, shift, codes, top_k, weighting, temperature, min_similarity
+        )
+        if found is not None:  # what it refuses is refused, or searched, below
             return found
     device = query.device
     num_queries, dim = _matrix("query", query)

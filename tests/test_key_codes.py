@@ -257,8 +257,11 @@ def test_every_instruction_set(isa):
     assert run.returncode == 0, run.stderr
 
 
-def plain_search(query, keys, codes=None, top_k=4, weighting="softmax", temperature=1.0, min_similarity=None):
-    return dispatch.search_tensors(query, keys, codes, top_k, weighting, temperature, min_similarity)
+def plain_search(
+    query, keys, codes=None, top_k=4, weighting="softmax", temperature=1.0, least=None, **tensors
+):
+    given = [tensors.get(name) for name in ("bias", "mask", "shift")]
+    return dispatch.search_tensors(query, keys, *given, codes, top_k, weighting, temperature, least)
 
 
 @pytest.mark.skipif(dispatch.search_tensors is None, reason="this torch has no DLPack table")
@@ -275,6 +278,19 @@ def test_what_goes_straight_to_the_extension(monkeypatch):
             assert same_bits(found, want)
             for f, w in zip(found, want, strict=True):
                 assert f.dtype == w.dtype and f.shape == w.shape and not f.requires_grad
+    generator = torch.Generator().manual_seed(5)
+    bias, shift = torch.randn(100, generator=generator), torch.randn(16, generator=generator)
+    mask = torch.rand(3, 100, generator=generator) < 0.4
+    for tensors in ({"bias": bias}, {"mask": mask[0].clone()}, {"mask": mask, "bias": bias}, {"shift": shift},
+                    {"mask": mask, "bias": bias, "shift": shift}):  # fmt: skip
+        want = ops.key_search(query, keys, top_k=4, **tensors, backend="cpu")
+        assert same_bits(plain_search(query, keys, codes, **tensors), want)
+        assert not same_bits(plain_search(query, keys, codes), want)
+        assert same_bits(ops.key_search(query, keys, top_k=4, **tensors), want)
+    for tensors in ({"bias": bias[:99]}, {"bias": bias.double()}, {"bias": bias[None]}, {"shift": shift[:15]},
+                    {"mask": mask[:2]}, {"mask": mask[0, :99]}, {"mask": mask.to(torch.uint8)},
+                    {"mask": mask.T.contiguous().T}, {"shift": shift.half()}, {"bias": 1.0}):  # fmt: skip
+        assert plain_search(query, keys, codes, **tensors) is None
     assert plain_search(query.clone().requires_grad_(), keys, codes)[1].requires_grad is False
     assert plain_search(query[:0], keys, codes)[0].shape == (0, 4)
     wrong = [
