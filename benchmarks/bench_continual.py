@@ -32,7 +32,7 @@ PROTOCOLS = {
     "llama3": ["--benchmark", "llama3", "--order", "all", "--methods", "slm,oracle", "--max-train", "150"]
     + ["--max-test", "60"],
     "all25": ["--benchmark", "all25", "--methods", "slm,oracle", "--evaluate", "last"]
-    + ["--max-train", "100", "--max-test", "50"],
+    + ["--max-train", "800", "--max-steps", "12", "--max-length", "96", "--max-test", "50"],
 }
 # Accuracy of a logistic regression on the frozen encoder's embeddings.
 LINEAR = {

@@ -40,9 +40,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_runner(
-    output_dir, methods=("slm",), tasks=None, *, family="bert", encoder=embed, epochs=2, **options
+    output_dir,
+    methods=("slm",),
+    tasks=None,
+    *,
+    family="bert",
+    encoder=embed,
+    epochs=2,
+    config=None,
+    **options,
 ) -> ContinualRunner:
-    config = SLMConfig(target_modules="all-linear", r=2, entries_per_task=2, num_groups=4)
+    config = SLMConfig(target_modules="all-linear", r=2, entries_per_task=2, num_groups=4, **(config or {}))
     model = get_slm_model(tiny_base(family), config, encoder=encoder, tokenizer=make_tokenizer())
     training = dict(num_train_epochs=epochs, learning_rate=2e-2, save_steps=3, use_cpu=True)
     args = default_arguments("unused", per_device_train_batch_size=4, **training)
