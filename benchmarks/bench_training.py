@@ -220,7 +220,8 @@ def verify(base: torch.nn.Module, targets, ids: Tensor, checkpointing: bool) -> 
         batches = [(ids, routing.indices - first, routing.weights)]
         return replaced_step(copy.deepcopy(of), learnt_factors(model), mixture, batches).loss_and_grads()
 
-    exact, errors, allowed = copy.deepcopy(base).float(), {}, {}
+    # The class's own `float` refuses weights that came from a GGUF file.
+    exact, errors, allowed = torch.nn.Module.float(copy.deepcopy(base)), {}, {}
     wants = {kind: replaced(exact, routing, plain_mixture) for kind, routing in routings.items()}
     for kind, routing in routings.items():
         errors[f"engine, {kind}"] = error(engine_step(model, routing, ids).loss_and_grads(), wants[kind])
