@@ -22,8 +22,6 @@ struct Torch {
   PyObject *codes, *bounds, *num_keys, *dim;  // names
 } torch;
 
-constexpr uint8_t kFloat = 2, kBool = 6;  // of DLPack
-
 // A contiguous tensor on the CPU; bits 0: of any type.
 bool borrow(PyObject* object, uint8_t code, uint8_t bits, int ndim, DLTensor& out) {
   if (Py_TYPE(object) != torch.tensor) return false;
@@ -67,7 +65,7 @@ bool borrow_codes(PyObject* object, KeySearch& op) {
     return false;
   }
   const int64_t blocks = (op.num_keys + kCodeKeys - 1) / kCodeKeys;
-  if (!borrow(codes.ptr(), 1, 8, 5, c) || !borrow(bounds.ptr(), 2, 32, 3, b)) return false;
+  if (!borrow(codes.ptr(), kUnsigned, 8, 5, c) || !borrow(bounds.ptr(), kFloat, 32, 3, b)) return false;
   if (c.shape[0] != blocks || c.shape[1] != (op.dim + 7) / 8 || b.shape[0] != blocks) return false;
   op.codes = static_cast<const uint8_t*>(c.data);
   op.bounds = static_cast<const float*>(b.data);
@@ -166,12 +164,12 @@ py::object search_tensors(py::handle query, py::handle keys, py::handle bias, py
                           py::handle temperature, py::handle min_similarity) {
   KeySearch op{};
   DLTensor q, k;
-  if (!torch.api || !borrow(query.ptr(), kFloat, 32, 2, q) || !borrow(keys.ptr(), 0, 0, 2, k))
+  if (!torch.api || !borrow(query.ptr(), kFloat, 32, 2, q) || !borrow(keys.ptr(), kFloat, 0, 2, k))
     return py::none();
-  if (k.bits == 32 && k.code == 2)
+  if (k.bits == 32 && k.code == kFloat)
     op.key_dtype = DType::f32;
-  else if (k.bits == 16 && (k.code == 2 || k.code == 4))
-    op.key_dtype = k.code == 4 ? DType::bf16 : DType::f16;
+  else if (k.bits == 16 && (k.code == kFloat || k.code == kBfloat))
+    op.key_dtype = k.code == kBfloat ? DType::bf16 : DType::f16;
   else
     return py::none();
   op.query = static_cast<const float*>(q.data);
@@ -194,9 +192,9 @@ py::object search_tensors(py::handle query, py::handle keys, py::handle bias, py
   if (!move_queries(shift.ptr(), op, moved)) return py::none();
 
   void *indices, *weights, *scores;
-  py::object made[] = {empty(0, op.num_queries, op.top_k, &indices),
-                       empty(2, op.num_queries, op.top_k, &weights),
-                       empty(2, op.num_queries, op.top_k, &scores)};
+  py::object made[] = {empty(kInt, op.num_queries, op.top_k, &indices),
+                       empty(kFloat, op.num_queries, op.top_k, &weights),
+                       empty(kFloat, op.num_queries, op.top_k, &scores)};
   op.indices = static_cast<int32_t*>(indices);
   op.weights = static_cast<float*>(weights);
   op.scores = static_cast<float*>(scores);

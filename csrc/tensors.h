@@ -10,11 +10,13 @@ struct DLPackVersion {
   uint32_t major, minor;
 };
 
+enum TypeCode : uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
+
 struct DLTensor {
   void* data;
   int32_t device_type, device_id;  // type 1: CPU
   int32_t ndim;
-  uint8_t code, bits;  // codes: 0 int, 1 unsigned, 2 float, 4 bfloat
+  uint8_t code, bits;
   uint16_t lanes;
   int64_t* shape;
   int64_t* strides;

@@ -1,6 +1,5 @@
 """The public ops: arguments are checked here, once; `dispatch` picks the backend; `reference` specifies."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -77,11 +76,10 @@ def key_search(
             return found
     device = query.device
     num_queries, dim = _matrix("query", query)
-    num_keys, keys_dim = _matrix("keys", keys)
+    num_keys, _ = _matrix("keys", keys)
     if query.dtype != torch.float32:
         raise ValueError(f"query must be float32, got {query.dtype}")
-    if keys_dim != dim or keys.dtype not in FLOATS or keys.device != device:
-        _check("keys", keys, (num_keys, dim), FLOATS, device)
+    _check("keys", keys, (num_keys, dim), FLOATS, device)
     if bias is not None:
         _check("bias", bias, (num_keys,), FP32, device)
     if mask is not None:
@@ -91,7 +89,7 @@ def key_search(
         raise ValueError(f"top_k must be in 1..{MAX_TOP_K}, got {top_k}")
     if weighting not in reference.WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(reference.WEIGHTINGS)}, got {weighting!r}")
-    if not 0 < temperature < math.inf:
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if num_groups is not None and shift is not None:
         raise ValueError("num_groups and shift exclude each other")
@@ -134,7 +132,7 @@ def _check_codes(codes: KeyCodes, num_keys: int, dim: int, device: torch.device)
     if codes.num_keys != num_keys or codes.dim != dim:
         wanted, got = [num_keys, dim], [codes.num_keys, codes.dim]
         raise ValueError(f"codes must be those of keys of shape {wanted}, got those of {got}")
-    if codes.codes.device != device:
+    if codes.device != device:
         raise ValueError(f"codes must be on {device}, got {codes.device}")
 
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+IGNORED = -100  # the label of a token that is not to be learnt
+
 
 def prompt_text(tokenizer, prompt: str) -> str:
     """The prompt as the model expects it: through the tokenizer's chat template where it has one."""
@@ -50,4 +52,4 @@ def encode_example(
     source = _prompt_ids(tokenizer, prompt)
     target = tokenizer(completion, add_special_tokens=False)["input_ids"][: max_length - 1] + eos
     source = source[-(max_length - len(target)) :] if len(target) < max_length else []
-    return {"input_ids": source + target, "labels": [-100] * len(source) + target}
+    return {"input_ids": source + target, "labels": [IGNORED] * len(source) + target}

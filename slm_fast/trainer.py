@@ -18,15 +18,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from slm_fast.answers import evaluating
 from slm_fast.linear_probe import linear_probe
 from slm_fast.loading import with_pad_token
 from slm_fast.model import SLMModel
-from slm_fast.prompts import encode_example
+from slm_fast.prompts import IGNORED, encode_example
 from slm_fast.routing import Routing
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # labels of tokens that are not to be learnt
 TASK_WEIGHTS = "slm_task.safetensors"
 
 
@@ -122,13 +122,13 @@ class SLMTrainer(Trainer):
         for row in self.train_dataset:
             rows_of.setdefault(row.get("task", self.task), []).append(row)
         share = min(1.0, self._rows_to_see() / len(self.train_dataset))
-        self.model.eval()
         for name, rows in rows_of.items():
             head = self.model.pool.head(name)
             if head is not None and not head.weight.any():
                 count = math.ceil(share * len(rows))
                 rows = [rows[len(rows) * n // count] for n in range(count)]
-                weight, bias = linear_probe(*self._features(rows), head.out_features)
+                with evaluating(self.model):
+                    weight, bias = linear_probe(*self._features(rows), head.out_features)
                 head.weight.copy_(weight)
                 head.bias.copy_(bias)
 
