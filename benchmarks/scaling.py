@@ -7,15 +7,18 @@ Bytes and operations are counted from shapes. What a machine makes of them are a
 
     seconds = sum_i constant_i * feature_i,    no constant below zero,
 
-fitted to the machine's own suite result with relative errors. Every point is predicted with constants that
-were fitted to the other points of its phase, so the printed error is one of prediction. Memory is counted
-alone, nothing is fitted. For GPUs, on which nothing was measured, times are datasheet floors (`roofline.py`).
+fitted to the machine's own suite result with relative errors. Features are seconds at the pace that the
+machine had while the point was measured: a CPU that others share is a third slower in some minutes. Every
+point is predicted with constants that were fitted to the other points of its phase, so the printed error is
+one of prediction. Memory is counted alone, nothing is fitted. For GPUs, on which nothing was measured, times
+are datasheet floors (`roofline.py`).
 """
 
 import argparse
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,86 +133,128 @@ class Point:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What a machine's memory and arithmetic do, usually or while a case was measured.
+
+    read: bytes/s.  rate: operations/s in fp32.  cache: bytes of the last level.  near: of the one above, of
+    all threads.  slow: how much longer than usual calls take.
+    """
+
+    read: float
+    rate: float
+    cache: int
+    near: int
+    slow: float = 1.0
+
+    @classmethod
+    def usual(cls, result: dict) -> "Speed":
+        """The median pace of a suite result's cases."""
+        paces = [record["pace"] for record in result["results"] if "pace" in record]
+        read, rate = (
+            statistics.median(pace[key] for pace in paces)
+            for key in ("read_bytes_per_second", "float32_operations_per_second")
+        )
+        return cls(read, rate, result["machine"]["cache_bytes"], result["machine"]["core_cache_bytes"])
+
+    def during(self, pace: dict) -> "Speed":
+        rate = pace["float32_operations_per_second"]
+        return replace(self, read=pace["read_bytes_per_second"], rate=rate, slow=self.rate / rate)
+
+    @property
+    def call(self) -> float:
+        """A usual microsecond."""
+        return 1e-6 * self.slow
+
+    def moved(self, size: float) -> float:
+        """Seconds of reading from memory."""
+        return size / self.read
+
+    def work(self, operations: float) -> float:
+        return operations / self.rate
+
+
 def points(result: dict) -> Iterator[Point]:
     """Of a suite result, the cases that the model speaks about."""
-    read = result["ceilings"]["read_bytes_per_second"]
-    rates = result["ceilings"]["operations_per_second"]
-    cache = result["machine"].get("cache_bytes", 32 << 20)
-    for record in result["results"]:
+    paced = [record for record in result["results"] if "pace" in record]
+    if not paced:
+        return
+    usual, rates = Speed.usual(result), result["ceilings"]["operations_per_second"]
+    for record in paced:
         axes, ours = record["axes"], record["contenders"][record["ours"]]
         kind = axes.get("kind")
         if "seconds" not in ours:
             continue
+        speed = usual.during(record["pace"])
         if record["section"] == "search" and kind is None and axes["cache"] == "hot":
-            found = search_features(axes["keys"], axes["dim"], axes["queries"], read, rates["float32"], cache)
+            found = search_features(axes["keys"], axes["dim"], axes["queries"], speed)
             yield Point("search", record["case"], found, ours["seconds"])
         elif kind == "refresh":
-            found = refresh_features(axes["keys"], axes["dim"], rates["float32"])
+            found = refresh_features(axes["keys"], axes["dim"], speed)
             yield Point("add a task", record["case"], found, ours["seconds"])
         elif kind == "update" and axes["length"] == 1:
-            found = update_features(axes["rows"], axes["distinct"], axes["rank"], axes["top_k"], read)
+            found = update_features(axes["rows"], axes["distinct"], axes["rank"], axes["top_k"], speed)
             yield Point("mixture, decoding", record["case"], found, ours["seconds"])
         elif kind == "update":
-            work = axes["rows"] * axes["length"] * axes["top_k"] * axes["rank"] * 4 * 576
-            yield Point("mixture, prefill", record["case"], (1e-5, work / rates["float32"]), ours["seconds"])
+            found = 10 * speed.call, speed.work(record["operations"])
+            yield Point("mixture, prefill", record["case"], found, ours["seconds"])
         elif kind == "decode":
-            shape = SHAPES[axes["model"]]
-            found = decode_features(shape, axes["rows"], axes["distinct"], 8, 2, read, rates["float32"])
+            found = decode_features(SHAPES[axes["model"]], axes["rows"], axes["distinct"], 8, 2, speed)
             yield Point("decoding", record["case"], found, ours["seconds"])
         elif kind == "prefill":
-            work = record["operations"] / rates[axes["dtype"]]
-            yield Point("prefill", record["case"], (1e-3, work), ours["seconds"])
+            work = speed.work(record["operations"]) * rates["float32"] / rates[axes["dtype"]]
+            yield Point("prefill", record["case"], (1e3 * speed.call, work), ours["seconds"])
 
 
-def decode_points(result: dict, rate: float) -> Iterator[Point]:
-    """Of a result of `bench_decode.py` on the machine of a suite result, whose product rate is `rate`."""
-    for record in result["results"]:
-        if record["targets"] == "all":
-            rows, shape = record["rows"], SHAPES[record["model"]]
-            distinct = min(record["entries"], 2 * rows)
-            found = decode_features(shape, rows, distinct, 8, 2, result["bytes_per_second"], rate)
-            name = f"decode, {record['model']}, {rows} rows, bench_decode"
-            yield Point("decoding", name, found, record["milliseconds"]["on"] / 1e3)
+def beyond(size: float, cache: int) -> float:
+    """The share of what is read over and over that does not stay in half of a cache."""
+    return min(1.0, max(0.0, 2 * size / cache - 1))
 
 
-def search_features(keys: int, dim: int, queries: int, read: float, rate: float, cache: int) -> tuple:
-    """(a call, a query, a block of 32 keys for a query, codes from memory, products by one thread, by all)
+def search_features(keys: int, dim: int, queries: int, speed: Speed) -> tuple:
+    """(a call, a query, a block of 32 keys for a query, codes from the last cache, from memory, products by
+    one thread, by all)
 
     Groups of 16 queries read the codes again. Products of few queries hide behind the reads, and reads behind
     the products of many: the shorter counts nothing.
     """
     size = keys * (dim + CODE_BYTES) * math.ceil(queries / 16)
-    products = 2 * queries * keys * dim / rate
-    serial, blocks = queries * keys * dim < SERIAL_CODES, queries * math.ceil(keys / 32) * 1e-9
-    outside = min(1.0, max(0.0, 2 * size / cache - 1))  # of what does not stay in half of the cache
-    moved = outside * size / read if queries <= HIDDEN else 0.0
-    parallel = 0.0 if serial else products * (1 - outside if queries <= HIDDEN else 1)
-    return 1e-6, queries * 1e-6, blocks, moved, products if serial else 0.0, parallel
+    products, blocks = (
+        speed.work(2 * queries * keys * dim),
+        queries * math.ceil(keys / 32) * 1e-9 * speed.slow,
+    )
+    calls = speed.call, queries * speed.call, blocks
+    if queries * keys * dim < SERIAL_CODES:
+        return *calls, 0.0, 0.0, products, 0.0
+    if queries > HIDDEN:
+        return *calls, 0.0, 0.0, 0.0, products
+    far, near = beyond(size, speed.cache), beyond(size, speed.near)
+    return *calls, speed.moved((near - far) * size), speed.moved(far * size), 0.0, (1 - near) * products
 
 
-def refresh_features(keys: int, dim: int, rate: float) -> tuple:
+def refresh_features(keys: int, dim: int, speed: Speed) -> tuple:
     """(the metric's factor: D^3 / 3 operations, two triangular solves a key: 2 D^2), fp64: half the rate"""
-    return 2 * dim**3 / 3 / rate, 4 * keys * dim**2 / rate
+    return speed.work(2 * dim**3 / 3), speed.work(4 * keys * dim**2)
 
 
 def update_features(
-    rows: int, distinct: int, rank: int, top_k: int, read: float, features: int = 576
+    rows: int, distinct: int, rank: int, top_k: int, speed: Speed, features: int = 576
 ) -> tuple:
     """(a call, a row; factors from memory, and factors that are picked again, by one thread; and by all)"""
-    one = 2 * rank * features * 4 / read
+    one = speed.moved(2 * rank * features * 4)
     moved, again = distinct * one, (rows * top_k - distinct) * one
     if rows * top_k * rank * 2 * features < SERIAL_UPDATE:
-        return 1e-6, rows * 1e-6, moved, again, 0.0, 0.0
-    return 1e-6, rows * 1e-6, 0.0, 0.0, moved, again
+        return speed.call, rows * speed.call, moved, again, 0.0, 0.0
+    return speed.call, rows * speed.call, 0.0, 0.0, moved, again
 
 
 def decode_features(
-    shape: Shape, rows: int, distinct: int, rank: int, top_k: int, read: float, rate: float, size: int = 2
+    shape: Shape, rows: int, distinct: int, rank: int, top_k: int, speed: Speed, size: int = 2
 ) -> tuple:
     """(weights and factors from memory, multiply-adds of both, a layer)"""
     moved = (shape.weights + distinct * rank * shape.features) * size
     work = 2 * rows * (shape.weights + top_k * rank * shape.features)
-    return moved / read, work / rate, shape.layers * 1e-3
+    return speed.moved(moved), speed.work(work), shape.layers * 1e3 * speed.call
 
 
 def fit(points: Sequence[Point]) -> numpy.ndarray:
@@ -268,30 +313,27 @@ def check(points: Sequence[Point]) -> list[Checked]:
 
 @dataclass(frozen=True)
 class Machine:
-    """Ceilings and fitted constants of the machine of a suite result."""
+    """Usual speed and fitted constants of the machine of a suite result."""
 
     name: str
-    read: float
-    rate: float
-    cache: int
+    speed: Speed
     constants: dict[str, numpy.ndarray]
 
     @classmethod
     def of(cls, result: dict, measured: Sequence[Point]) -> "Machine":
-        ceilings, machine = result["ceilings"], result["machine"]
+        machine = result["machine"]
         constants = {phase: fit(found) for phase, found in by_phase(measured).items() if len(found) > 1}
         name = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
-        rate, read = ceilings["operations_per_second"]["float32"], ceilings["read_bytes_per_second"]
-        return cls(name, read, rate, machine.get("cache_bytes", 32 << 20), constants)
+        return cls(name, Speed.usual(result), constants)
 
     def search(self, pool: Pool, queries: int = 1) -> float:
         """Seconds."""
-        found = search_features(pool.entries, pool.dim, queries, self.read, self.rate, self.cache)
+        found = search_features(pool.entries, pool.dim, queries, self.speed)
         return predict(self.constants["search"], found)
 
     def add(self, pool: Pool) -> float:
         """Seconds of a new task: the metric and everything that is searched, again."""
-        return predict(self.constants["add a task"], refresh_features(pool.entries, pool.dim, self.rate))
+        return predict(self.constants["add a task"], refresh_features(pool.entries, pool.dim, self.speed))
 
 
 def tasks_that_fit(shape: Shape, memory: float, pool: Pool) -> int:
@@ -320,23 +362,17 @@ def print_check(machine: Machine, checked: Sequence[Checked]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", type=Path, help="result of the suite")
-    parser.add_argument(
-        "more",
-        nargs="*",
-        type=Path,
-        help="of the same machine: further points, of the suite or bench_decode.py",
-    )
+    parser.add_argument("more", nargs="*", type=Path, help="further ones, of the same machine")
     parser.add_argument("--write", action="store_true", help="docs/scaling.md and docs/scaling.png")
     args = parser.parse_args()
     result, *more = (json.loads(path.read_text(encoding="utf8")) for path in (args.suite, *args.more))
     measured = {(p.phase, p.name): p for p in points(result)}
     for other in more:
-        rate = result["ceilings"]["operations_per_second"]["float32"]
-        found = points(other) if "schema" in other else decode_points(other, rate)
-        measured |= {(p.phase, p.name): p for p in found if (p.phase, p.name) not in measured}
-    machine, checked = Machine.of(result, [*measured.values()]), check([*measured.values()])
+        measured |= {(p.phase, p.name): p for p in points(other) if (p.phase, p.name) not in measured}
+    checked = check([*measured.values()])
     if not checked:
         raise SystemExit("no phase has three points: run more of the suite")
+    machine = Machine.of(result, [*measured.values()])
     print_check(machine, checked)
     if args.write:
         from scaling_page import write

@@ -71,6 +71,50 @@ def test_constants_are_found_and_none_is_negative():
     assert (scaling.fit(lower) >= 0).all()
 
 
+def a_result(slow):
+    """Of a machine that is `slow(case)` times slower while a case is measured: searches, one case untimed."""
+    import scaling
+
+    machine = {
+        "cpu": "any",
+        "threads": 2,
+        "isa": "avx2",
+        "cache_bytes": 32 << 20,
+        "core_cache_bytes": 1 << 20,
+    }
+    usual, records = scaling.Speed(20e9, 100e9, 32 << 20, 1 << 20), []
+    sizes = [
+        (keys, queries) for keys in (100, 1000, 10_000, 100_000, 1_000_000) for queries in (1, 4, 16, 64)
+    ]
+    for i, (keys, queries) in enumerate(sizes):
+        pace = {"read_bytes_per_second": 20e9 / slow(i), "float32_operations_per_second": 100e9 / slow(i)}
+        features = scaling.search_features(keys, 384, queries, usual)
+        seconds = slow(i) * float(numpy.array([10.0, 0.5, 3.0, 0.5, 1.0, 1.1, 0.9]) @ features)
+        axes = {"keys": keys, "dim": 384, "queries": queries, "cache": "hot"}
+        records.append({"section": "search", "case": f"{keys} {queries}", "axes": axes, "ours": "slm_fast"})
+        records[-1] |= {"pace": pace, "contenders": {"slm_fast": {"seconds": seconds}}}
+    records.append({"section": "model", "case": "memory", "axes": {}, "ours": "on", "contenders": {"on": {}}})
+    ceilings = {"operations_per_second": {"float32": 120e9}}
+    return {"machine": machine, "ceilings": ceilings, "results": records}
+
+
+def test_points_are_judged_at_the_pace_of_their_minute():
+    import scaling
+
+    points = [*scaling.points(a_result(lambda i: 1.5 if i % 3 == 0 else 1.0))]
+    checked = scaling.check(points)
+    assert len(checked) == 20 and max(abs(c.error) for c in checked) < 0.02
+    result = a_result(lambda i: 1.5 if i % 3 == 0 else 1.0)
+    for record in result["results"][:-1]:
+        record["pace"] = result["results"][1]["pace"]
+    assert max(abs(c.error) for c in scaling.check([*scaling.points(result)])) > 0.2
+    machine = scaling.Machine.of(result, points)
+    assert machine.speed == scaling.Speed(20e9, 100e9, 32 << 20, 1 << 20)
+    assert machine.search(scaling.Pool(100_000, dim=384)) == pytest.approx(
+        next(p.seconds for p in points if p.name == "100000 1") / 1.5 ** (12 % 3 == 0), rel=0.02
+    )
+
+
 def test_what_fits_grows_with_memory_and_shrinks_with_the_model():
     import scaling
 

@@ -88,6 +88,20 @@ def test_inputs_take_turns():
     assert set(seen) == {0, 1, 2} and max(seen.count(i) for i in (1, 2)) > 1
 
 
+def test_the_pace_is_measured_beside_a_case():
+    from suite.cases import Case, Contender, Effort, measure
+
+    case = Case("s", "c", {}, [Contender("slm_fast", lambda i: None)])
+    record = measure(case, Effort(3, 3, 0.0))
+    assert set(record["contenders"]) == {"slm_fast"}  # probes are none
+    pace = record["pace"]
+    assert 1e8 < pace["read_bytes_per_second"] < 1e13
+    assert 1e9 < pace["float32_operations_per_second"] < 1e14
+    assert "pace" not in measure(
+        a_case(), Effort(3, 3, 0.0), Recorded({"ours": [1.0] * 4, "peer": [1.0] * 4})
+    )
+
+
 def test_a_search_is_judged_by_exact_scores():
     from suite import search
 

@@ -7,6 +7,7 @@ A record of a case holds
     ours              the contender that ratios are about
     bytes, operations of one call of ours: the least that must be read, and multiply-adds counted twice
     clock             "wall" (CPU), or "events" (CUDA, no graphs: `bench_gpu_ops.py` captures ops in them)
+    pace              the CPU's speed in those minutes: medians of probes that took turns with the contenders
     contenders        {name: numbers}; `seconds` is the median, `low` and `high` the 20% and 80% quantiles,
                       and `ratio`, `ratio_low`, `ratio_high` the same of (its seconds / ours) by pairs: the
                       two samples of a round drift together. `error` instead: why it has no time
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field
 
 import torch
 from gpu_timing import deviation
+
+from suite import machine
 
 MIN_SECONDS = 0.002  # of a sample: shorter calls are repeated in it
 LONG = 0.05  # seconds of a call to which the state of the caches makes no difference
@@ -73,7 +76,7 @@ class Effort:
     seconds: float
 
 
-QUICK, FULL = Effort(3, 15, 1.0), Effort(5, 40, 5.0)
+QUICK, FULL = Effort(3, 30, 1.0), Effort(5, 40, 5.0)
 
 
 class Wall:
@@ -165,6 +168,7 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
     record = {"section": case.section, "case": case.name, "axes": case.axes, "ours": case.ours}
     record |= {"bytes": case.bytes, "operations": case.operations, "clock": clock.name, "contenders": {}}
     runs, first, found = {}, {}, record["contenders"]
+    probes = machine.probes() if clock.name == "wall" else {}
     for contender in case.contenders:
         try:
             begin = time.perf_counter()
@@ -183,7 +187,9 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
             raise RuntimeError(f"{case.section}, {case.name}: {reason}; nothing is timed")
         else:
             found[contender.name]["error"] = reason
-    samples = take_turns(runs, first, case, effort, clock)
+    samples = take_turns(runs | probes, first | dict.fromkeys(probes, 0.0), case, effort, clock)
+    if probes:
+        record["pace"] = machine.pace({name: statistics.median(samples.pop(name)) for name in probes})
     scales = {contender.name: contender.scale for contender in case.contenders}
     for name, taken in samples.items():
         found[name] |= numbers_of(taken, samples.get(case.ours), scales[name], scales.get(case.ours, 1.0))

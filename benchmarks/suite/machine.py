@@ -1,5 +1,6 @@
 """Where numbers were measured: the machine line, and the ceilings that its memory and arithmetic set."""
 
+import functools
 import os
 import platform
 import shutil
@@ -12,9 +13,13 @@ import cpu_timing
 import gpu_timing
 import torch
 
+from slm_fast import dispatch
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[2]
 SIZE = 1024  # of the product that measures arithmetic
+SMALL = 512  # of the one that measures it beside a case
+LONG = 0.5  # seconds after which a ceiling is taken as it is
 
 
 def commit() -> str | None:
@@ -51,7 +56,7 @@ def describe(device: str) -> dict:
     found = cpu_timing.machine() | {"cpu": cpu_name(), "megahertz": cpu_megahertz(), "commit": commit()}
     found |= {"python": platform.python_version(), "device": device, "memory_bytes": memory_bytes()}
     found["cache_bytes"] = cache_bytes(device)
-    return found | gpu_timing.machine() if device == "cuda" else found
+    return found | (gpu_timing.machine() if device == "cuda" else {"core_cache_bytes": core_cache_bytes()})
 
 
 def memory_bytes() -> int:
@@ -79,18 +84,26 @@ def cache_bytes(device: str) -> int:
     return max(sizes) or 32 << 20
 
 
+def core_cache_bytes() -> int:
+    """Of the level above the last one that each CPU core has for itself, of all threads."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+    size = path.read_text().strip() if path.exists() else "512K"
+    return torch.get_num_threads() * int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]]
+
+
 def natural_dtype() -> torch.dtype:
     """That a model has on this CPU: bf16 where it multiplies bf16, else fp32."""
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def _fastest(call: Callable[[], object], rounds: int) -> float:
-    call()
     times = []
-    for _ in range(rounds):
+    for _ in range(rounds + 1):  # the first one warms up
         begin = time.perf_counter()
         call()
         times.append(time.perf_counter() - begin)
+        if sum(times) > LONG:
+            break
     return min(times)
 
 
@@ -112,6 +125,28 @@ def ceilings(device: str) -> dict:
         "read_bytes_per_second": cpu_timing.read_bandwidth(),
         "copy_bytes_per_second": copy,
         "operations_per_second": rates,
+    }
+
+
+@functools.cache
+def probes() -> dict[str, Callable[[int], object]]:
+    """Calls that tell how fast the CPU is at the moment: other users of a shared one slow everything down.
+
+    read: twice the last cache.  product: `SMALL` x `SMALL` fp32 matrices.
+    """
+    buffer, threads = torch.ones(2 * cache_bytes("cpu") // 4), torch.get_num_threads()
+    a, b, out = torch.randn(3, SMALL, SMALL)
+    return {
+        "read": lambda _: dispatch._C.read_memory([(buffer.data_ptr(), buffer.nbytes)], threads),
+        "product": lambda _: torch.mm(a, b, out=out),
+    }
+
+
+def pace(seconds: dict[str, float]) -> dict:
+    """Speeds by the probes' seconds a call."""
+    return {
+        "read_bytes_per_second": 2 * cache_bytes("cpu") / seconds["read"],
+        "float32_operations_per_second": 2 * SMALL**3 / seconds["product"],
     }
 
 

@@ -124,7 +124,7 @@ def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
         return
     base = common.make_base("smol", natural_dtype())
     model = common.make_engine(base, TARGETS["all"], ENTRIES)
-    count, new_tokens = (6, 8) if quick else (16, 16)
+    count, new_tokens = (4, 6) if quick else (16, 16)
     prompts = make_prompts(model.base_model.config.vocab_size, count)
     verify(model, prompts[:3])
     routing, rate = common.make_routing(model, count), math.inf
