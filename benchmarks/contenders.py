@@ -121,14 +121,19 @@ def engine_forward(model: SLMModel, routing: Routing | None) -> Callable:
     return forward
 
 
+def sharing(base: torch.nn.Module) -> torch.nn.Module:
+    """A copy with the same weights in memory, for those who only add something."""
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+
+
 def make_contenders(base: torch.nn.Module, targets, entries: int, rows: int) -> tuple:
     """(model, routing, {name: forward}); `dense` and `merged` answer row 0."""
     model = make_engine(copy.deepcopy(base), targets, entries)
     routing = make_routing(model, rows)
-    peft_model = make_peft(copy.deepcopy(base), model, targets, routing)
+    peft_model = make_peft(sharing(base), model, targets, routing)
     names = [f"r{row}" for row in range(rows)]
     merged = make_peft(copy.deepcopy(base), model, targets, routing.rows([0])).merge_and_unload()
-    dense = copy.deepcopy(base)
+    dense = sharing(base)
     add_dense_offsets(dense, model, routing)
     forwards = {
         "frozen": base,

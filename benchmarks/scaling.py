@@ -27,8 +27,9 @@ import numpy
 from units import duration
 
 TOLERANCE = 0.15
+SEARCH = "search, one thread", "search, all threads"
+UPDATE = "mixture, decoding, one thread", "mixture, decoding, all threads"
 SERIAL_CODES, SERIAL_UPDATE = 1_000_000, 300_000  # multiply-adds below which one thread does it (csrc/cpu)
-HIDDEN = 4  # queries whose products hide behind the reads of the codes
 SLOT_BYTES = 4 + 4 + 4 + 1 + 8 + 8 + 8  # of a slot: start, rank, scaling, active, two versions, task
 STATISTICS_RANK, QUANTILES = 512, 1001  # of a task; `SLMConfig.statistics_rank`, `task_statistics`
 CODE_BYTES = 12  # of a key beside its codes: scale and two norms
@@ -187,20 +188,22 @@ def points(result: dict) -> Iterator[Point]:
             continue
         speed = usual.during(record["pace"])
         if record["section"] == "search" and kind is None and axes["cache"] == "hot":
-            found = search_features(axes["keys"], axes["dim"], axes["queries"], speed)
-            yield Point("search", record["case"], found, ours["seconds"])
+            phase, found = search_features(axes["keys"], axes["dim"], axes["queries"], speed)
+            yield Point(phase, record["case"], found, ours["seconds"])
         elif kind == "refresh":
             found = refresh_features(axes["keys"], axes["dim"], speed)
             yield Point("add a task", record["case"], found, ours["seconds"])
         elif kind == "update" and axes["length"] == 1:
-            found = update_features(axes["rows"], axes["distinct"], axes["rank"], axes["top_k"], speed)
-            yield Point("mixture, decoding", record["case"], found, ours["seconds"])
+            phase, found = update_features(axes["rows"], axes["distinct"], axes["rank"], axes["top_k"], speed)
+            yield Point(phase, record["case"], found, ours["seconds"])
         elif kind == "update":
             found = 10 * speed.call, speed.work(record["operations"])
             yield Point("mixture, prefill", record["case"], found, ours["seconds"])
         elif kind == "decode":
-            found = decode_features(SHAPES[axes["model"]], axes["rows"], axes["distinct"], 8, 2, speed)
-            yield Point("decoding", record["case"], found, ours["seconds"])
+            for name, distinct, top_k in (("on", axes["distinct"], 2), ("off", 0, 0)):
+                found = decode_features(SHAPES[axes["model"]], axes["rows"], distinct, 8, top_k, speed)
+                case = f"{record['case']}, pool {name}"
+                yield Point("decoding", case, found, record["contenders"][name]["seconds"])
         elif kind == "prefill":
             work = speed.work(record["operations"]) * rates["float32"] / rates[axes["dtype"]]
             yield Point("prefill", record["case"], (1e3 * speed.call, work), ours["seconds"])
@@ -211,25 +214,18 @@ def beyond(size: float, cache: int) -> float:
     return min(1.0, max(0.0, 2 * size / cache - 1))
 
 
-def search_features(keys: int, dim: int, queries: int, speed: Speed) -> tuple:
-    """(a call, a query, a block of 32 keys for a query, codes from the last cache, from memory, products by
-    one thread, by all)
-
-    Groups of 16 queries read the codes again. Products of few queries hide behind the reads, and reads behind
-    the products of many: the shorter counts nothing.
-    """
-    size = keys * (dim + CODE_BYTES) * math.ceil(queries / 16)
-    products, blocks = (
-        speed.work(2 * queries * keys * dim),
-        queries * math.ceil(keys / 32) * 1e-9 * speed.slow,
-    )
-    calls = speed.call, queries * speed.call, blocks
+def search_features(keys: int, dim: int, queries: int, speed: Speed) -> tuple[str, tuple]:
+    """The phase, and by one thread (a call, products), or by all (a call, a query, a block of 32 keys for a
+    query, products, codes from the last cache, from memory). Groups of 16 queries read the codes again."""
+    products = speed.work(2 * queries * keys * dim)
     if queries * keys * dim < SERIAL_CODES:
-        return *calls, 0.0, 0.0, products, 0.0
-    if queries > HIDDEN:
-        return *calls, 0.0, 0.0, 0.0, products
+        return SEARCH[0], (speed.call, products)
+    size = keys * (dim + CODE_BYTES)
     far, near = beyond(size, speed.cache), beyond(size, speed.near)
-    return *calls, speed.moved((near - far) * size), speed.moved(far * size), 0.0, (1 - near) * products
+    reads = speed.moved(size * math.ceil(queries / 16))
+    blocks = 1e-3 * queries * math.ceil(keys / 32)
+    calls = speed.call, queries * speed.call, blocks * speed.call
+    return SEARCH[1], (*calls, products, (near - far) * reads, far * reads)
 
 
 def refresh_features(keys: int, dim: int, speed: Speed) -> tuple:
@@ -239,22 +235,21 @@ def refresh_features(keys: int, dim: int, speed: Speed) -> tuple:
 
 def update_features(
     rows: int, distinct: int, rank: int, top_k: int, speed: Speed, features: int = 576
-) -> tuple:
-    """(a call, a row; factors from memory, and factors that are picked again, by one thread; and by all)"""
-    one = speed.moved(2 * rank * features * 4)
-    moved, again = distinct * one, (rows * top_k - distinct) * one
-    if rows * top_k * rank * 2 * features < SERIAL_UPDATE:
-        return speed.call, rows * speed.call, moved, again, 0.0, 0.0
-    return speed.call, rows * speed.call, 0.0, 0.0, moved, again
+) -> tuple[str, tuple]:
+    """The phase, and (a call, a row, an entry, factors from memory, factors that are picked again)"""
+    one, picks = speed.moved(2 * rank * features * 4), rows * top_k
+    calls = speed.call, rows * speed.call, picks * speed.call
+    serial = picks * rank * 2 * features < SERIAL_UPDATE
+    return UPDATE[not serial], (*calls, distinct * one, (picks - distinct) * one)
 
 
 def decode_features(
     shape: Shape, rows: int, distinct: int, rank: int, top_k: int, speed: Speed, size: int = 2
 ) -> tuple:
-    """(weights and factors from memory, multiply-adds of both, a layer)"""
+    """(weights and factors from memory, multiply-adds of both, a layer, a layer of a row)"""
     moved = (shape.weights + distinct * rank * shape.features) * size
-    work = 2 * rows * (shape.weights + top_k * rank * shape.features)
-    return speed.moved(moved), speed.work(work), shape.layers * 1e3 * speed.call
+    work, layers = 2 * rows * (shape.weights + top_k * rank * shape.features), shape.layers * 1e3 * speed.call
+    return speed.moved(moved), speed.work(work), layers, rows * layers
 
 
 def fit(points: Sequence[Point]) -> numpy.ndarray:
@@ -328,8 +323,8 @@ class Machine:
 
     def search(self, pool: Pool, queries: int = 1) -> float:
         """Seconds."""
-        found = search_features(pool.entries, pool.dim, queries, self.speed)
-        return predict(self.constants["search"], found)
+        phase, found = search_features(pool.entries, pool.dim, queries, self.speed)
+        return predict(self.constants[phase], found)
 
     def add(self, pool: Pool) -> float:
         """Seconds of a new task: the metric and everything that is searched, again."""

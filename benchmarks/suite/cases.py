@@ -50,7 +50,7 @@ class Contender:
 class Case:
     """`copies`: of the inputs, which calls take in turns, so that each finds the caches cold.
 
-    warm: right after a call that is not timed, where there is one copy and calls are short.
+    warm: right after a call that is not timed, of the copy before, where calls are short.
     skipped: {contender: why it does not take part}.
     """
 
@@ -130,13 +130,16 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def take_turns(
-    runs: dict[str, Callable], first: dict[str, float], case: Case, effort: Effort, clock
+    runs: dict[str, Callable], first: dict[str, float], case: Case, effort: Effort, clock, probes=()
 ) -> dict[str, list[float]]:
-    """Seconds per call of each contender, a sample a round, in ever another order. first: of first calls."""
+    """Seconds per call of each contender, a sample a round, in ever another order. first: of first calls;
+    probes: those that are warm in any case."""
     once, turn, samples = dict(first), dict.fromkeys(runs, 0), {name: [] for name in runs}
     for name, run in runs.items():
         if first[name] < VERY_LONG:  # the first one may have had something to set up
             once[name] = clock(run, 1 % case.copies, 1)
+        if once[name] < LONG:
+            once[name] = min(once[name], clock(run, 2 % case.copies, 1))
     repeats = {name: max(1, math.ceil(MIN_SECONDS / max(seconds, 1e-7))) for name, seconds in once.items()}
     order, begin = random.Random(0), time.perf_counter()
     for done in range(effort.most):
@@ -144,8 +147,8 @@ def take_turns(
             break
         for name in order.sample(list(runs), len(runs)):
             clock.pause()
-            if case.warm and case.copies == 1 and once[name] < LONG:
-                runs[name](0)  # what the contender before left in the caches must not count
+            if (case.warm or name in probes) and once[name] < LONG:
+                runs[name](turn[name] - 1)  # what the contender before left in the caches must not count
             samples[name].append(clock(runs[name], turn[name], repeats[name]))
             turn[name] += repeats[name]
     return samples
@@ -187,7 +190,7 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
             raise RuntimeError(f"{case.section}, {case.name}: {reason}; nothing is timed")
         else:
             found[contender.name]["error"] = reason
-    samples = take_turns(runs | probes, first | dict.fromkeys(probes, 0.0), case, effort, clock)
+    samples = take_turns(runs | probes, first | dict.fromkeys(probes, 0.0), case, effort, clock, probes)
     if probes:
         record["pace"] = machine.pace({name: statistics.median(samples.pop(name)) for name in probes})
     scales = {contender.name: contender.scale for contender in case.contenders}
