@@ -261,8 +261,7 @@ def training_step() -> str:
     return captioned(header, rows, made)
 
 
-# Sections of the suite, run by themselves or together.
-SECTIONS = {"search": "suite_cpu_avx2_search", "mixture": "suite_cpu_avx2", "serve": "suite_cpu_avx2_serve"}
+SUITE = "suite_cpu_avx2"
 
 
 def duration(seconds: float) -> str:
@@ -281,13 +280,20 @@ def times(found: dict | None) -> str:
     return text + (f", recall {found['recall']:.2f}" if found.get("recall", 1.0) < 0.999 else "")
 
 
+def records_of(section: str) -> list[dict]:
+    return [record for record in load(SUITE)["results"] if record["section"] == section]
+
+
+def suite_command() -> str:
+    return f"python -m benchmarks {' '.join(load(SUITE)['seconds'])}"
+
+
 def of_suite(section: str, columns: dict[str, str], **having) -> str:
     """Cases of a section with those axes; columns: {contender: its title}, ours first."""
-    file = SECTIONS[section]
-    records = [r for r in load(file)["results"] if r["section"] == section]
+    records = records_of(section)
     records = [r for r in records if all(r["axes"].get(key) in values for key, values in having.items())]
     rows = [[r["case"], *(times(r["contenders"].get(name)) for name in columns)] for r in records]
-    return captioned(["case", *columns.values()], rows, {file: f"python -m benchmarks {section}"})
+    return captioned(["case", *columns.values()], rows, {SUITE: suite_command()})
 
 
 def suite_search() -> str:
@@ -305,12 +311,12 @@ def suite_serve() -> str:
     """Tokens a second and latencies."""
     titles = {"transformers": "frozen, transformers", "off": "slm_fast, pool off", "on": "slm_fast"}
     rows = []
-    for record in load(SECTIONS["serve"])["results"]:
+    for record in records_of("serve"):
         for name, found in record["contenders"].items():
             latencies = [duration(found[key]) for key in ("first_token_50", "first_token_95", "per_token_50")]
             rows.append([record["case"], titles[name], f"{found['tokens_per_second']:.1f}", *latencies])
     header = ["load", "", "tokens/s", "first token, median", "95%", "a further token"]
-    return captioned(header, rows, {SECTIONS["serve"]: "python -m benchmarks serve"})
+    return captioned(header, rows, {SUITE: suite_command()})
 
 
 TABLES = {

@@ -236,11 +236,12 @@ def refresh_features(keys: int, dim: int, speed: Speed) -> tuple:
 def update_features(
     rows: int, distinct: int, rank: int, top_k: int, speed: Speed, features: int = 576
 ) -> tuple[str, tuple]:
-    """The phase, and (a call, a row, an entry, factors from memory, factors that are picked again)"""
+    """The phase, and by one thread (a call, factors), or by all (a call, a row, factors from memory, factors
+    that are picked again)"""
     one, picks = speed.moved(2 * rank * features * 4), rows * top_k
-    calls = speed.call, rows * speed.call, picks * speed.call
-    serial = picks * rank * 2 * features < SERIAL_UPDATE
-    return UPDATE[not serial], (*calls, distinct * one, (picks - distinct) * one)
+    if picks * rank * 2 * features < SERIAL_UPDATE:
+        return UPDATE[0], (speed.call, picks * one)
+    return UPDATE[1], (speed.call, rows * speed.call, distinct * one, (picks - distinct) * one)
 
 
 def decode_features(
@@ -351,7 +352,7 @@ def print_check(machine: Machine, checked: Sequence[Checked]) -> None:
     for c in checked:
         mark = "" if c.within else "  beyond"
         times = f"{duration(c.point.seconds):>9} measured {duration(c.predicted):>9} predicted"
-        print(f"  {c.point.phase:18}{c.point.name:66}{times} {c.error:+7.1%}{mark}")
+        print(f"  {c.point.phase:32}{c.point.name:52}{times} {c.error:+7.1%}{mark}")
 
 
 def main() -> None:

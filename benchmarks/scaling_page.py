@@ -138,8 +138,8 @@ def document(machine: Machine, checked: Sequence[Checked], command: str) -> str:
     head = f"""# How it scales
 
 Written by `{command}`: bytes and operations
-are counted from shapes, a machine's few constants a phase are fitted to its suite result. The formulas are in
-`benchmarks/scaling.py`.
+are counted from shapes, a machine's few constants a phase are fitted to its suite result, in seconds at the
+pace that memory and arithmetic had while a case was measured. The formulas are in `benchmarks/scaling.py`.
 
 ![time and memory against the number of entries](scaling.png)
 """

@@ -86,10 +86,11 @@ def a_result(slow):
     sizes = [
         (keys, queries) for keys in (100, 1000, 10_000, 100_000, 1_000_000) for queries in (1, 4, 16, 64)
     ]
+    constants = {scaling.SEARCH[0]: [9.0, 4.0], scaling.SEARCH[1]: [30.0, 0.5, 3.0, 0.6, 0.4, 1.0]}
     for i, (keys, queries) in enumerate(sizes):
         pace = {"read_bytes_per_second": 20e9 / slow(i), "float32_operations_per_second": 100e9 / slow(i)}
-        features = scaling.search_features(keys, 384, queries, usual)
-        seconds = slow(i) * float(numpy.array([10.0, 0.5, 3.0, 1.1, 0.9, 0.5, 1.0]) @ features)
+        phase, features = scaling.search_features(keys, 384, queries, usual)
+        seconds = slow(i) * float(numpy.array(constants[phase]) @ features)
         axes = {"keys": keys, "dim": 384, "queries": queries, "cache": "hot"}
         records.append({"section": "search", "case": f"{keys} {queries}", "axes": axes, "ours": "slm_fast"})
         records[-1] |= {"pace": pace, "contenders": {"slm_fast": {"seconds": seconds}}}

@@ -6,6 +6,7 @@ every row its own mixture; in full mode also two layers of LLaMA-2-7B's shape.
 """
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 
 import bench_decode
@@ -108,10 +109,12 @@ def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
         base = common.make_base(name)
         for rows in (1, 8) if quick or name == "7b" else (1, 8, 16, 32):
             yield tokens_per_second(measure(decode_case(name, base, rows), effort))
+            gc.collect()  # contenders refer to themselves
         base = base.to(natural_dtype())
         sizes = ((1, 128),) if quick or name == "7b" else ((1, 128), (1, 512), (8, 32), (8, 128))
         for rows, tokens in sizes:
             yield tokens_per_second(measure(prefill_case(name, base, rows, tokens), effort))
+            gc.collect()
         if not quick:
             yield memory_record(name, 16, 10, 1)
     contenders = ("frozen", "engine", "peft", "dense")

@@ -201,14 +201,16 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
     """In quick mode up to 100,000 keys; else up to 10,000,000, those in fp16, as far as memory allows."""
     graphs = (10_000,) if quick else (1000, 10_000, 100_000)  # of a million keys one takes many minutes
     queries = (1, 16) if quick else (1, 4, 16, 64, 256)
-    for num_keys in (1000, 10_000, 100_000) if quick else (100, 1000, 10_000, 100_000, 1_000_000):
+    for num_keys in (1000, 10_000, 100_000) if quick else (100, 300, 1000, 10_000, 100_000, 1_000_000):
         problem = Problem(num_keys, DIM, device, peers=PEERS if num_keys in graphs else PEERS[:1])
         yield from (problem.case(count) for count in queries if count * num_keys <= MOST_SCORES)
         del problem
     yield Problem(1000, DIM, device, cold=True).case(1)
     yield Problem(100, WIDE, device).case(1)
     if device == "cpu":
-        yield from (refresh_case(num_keys) for num_keys in ((100,) if quick else (100, 1000, 3000, 10_000)))
+        yield from (
+            refresh_case(num_keys) for num_keys in ((100,) if quick else (30, 100, 300, 1000, 3000, 10_000))
+        )
     if not quick and 1.6 * 10_000_000 * DIM * 2 < available_bytes(device):
         yield Problem(10_000_000, DIM, device, dtype=torch.float16, peers=()).case(1)
 
