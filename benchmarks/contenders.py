@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm_fast import Routing, SLMConfig, SLMModel, get_slm_model
-from slm_fast.loading import load_base
+from slm_fast.loading import load_model
 from slm_fast.reference import dense_offset
 
 TOP_K, RANK = 2, 8
@@ -34,7 +34,7 @@ SHOWN = ("frozen", "off", "on", "peft", "merged")
 @functools.cache
 def _smol() -> torch.nn.Module:
     """Read once: a GGUF file takes long."""
-    return load_base("smollm2")[0]
+    return load_model("smollm2")
 
 
 def make_base(name: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:

@@ -43,16 +43,20 @@ def load_base(name: str, dtype: torch.dtype = torch.float32):
 
     Raises OSError when the model cannot be found.
     """
+    return load_model(name, dtype), with_pad_token(load_tokenizer(name))
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The base model of `load_base` without its tokenizer, which takes long to read from a GGUF file."""
     folder, options = _location(name)
     transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = _model_class(config).from_pretrained(folder, dtype=dtype, **options)
     finally:
         transformers.utils.logging.enable_progress_bar()
     model.config._name_or_path = name
-    return model.eval(), with_pad_token(tokenizer)
+    return model.eval()
 
 
 def load_tokenizer(name: str):
