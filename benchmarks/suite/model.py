@@ -6,7 +6,6 @@ every row its own mixture; in full mode also two layers of LLaMA-2-7B's shape.
 """
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 
 import bench_decode
@@ -18,7 +17,7 @@ import torch
 from contenders import ENTRIES, RANK, TARGETS, TOP_K
 from torch import nn
 
-from suite.cases import Case, Contender, Effort, measure, target
+from suite.cases import Case, Contender, Effort, measure, measured, target
 from suite.machine import dtype_name, natural_dtype
 
 OURS = "on"
@@ -107,14 +106,15 @@ def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
         return
     for name in ("smol",) if quick else ("smol", "7b"):
         base = common.make_base(name)
-        for rows in (8,) if quick else (1, 8) if name == "7b" else (1, 8, 16, 32):
-            yield tokens_per_second(measure(decode_case(name, base, rows), effort))
-            gc.collect()  # contenders refer to themselves
+        counts = (8,) if quick else (1, 8) if name == "7b" else (1, 8, 16, 32)
+        yield from map(
+            tokens_per_second, measured((decode_case(name, base, rows) for rows in counts), device, effort)
+        )
         base = base.to(natural_dtype())
         sizes = ((1, 128),) if quick or name == "7b" else ((1, 128), (1, 512), (8, 32), (8, 128))
-        for rows, tokens in sizes:
-            yield tokens_per_second(measure(prefill_case(name, base, rows, tokens), effort))
-            gc.collect()
+        yield from map(
+            tokens_per_second, measured((prefill_case(name, base, *size) for size in sizes), device, effort)
+        )
         if not quick:
             yield memory_record(name, 16, 10, 1)
     contenders = ("frozen", "engine", "peft", "dense")
