@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -150,22 +150,27 @@ def launch_mixture(row, case):
         return
     mixture_fwd(x, x, A, A, routing, **settings)
     mixture_fwd(x, x, A, A, routing, save_u=True, **settings)
-    mixture_fwd(x, x, A, A, routing, u=u[None], **settings)
+    mixture_fwd(x, x, A, A, routing, u=floats(8 if sizes.tokens <= 256 else 1, *u.shape), **settings)
 
 
 def launch_fused_linear(row, case):
     """Inline or with its own shrink, for training, behind a given u, of several linears; with and without a
-    bias or a residual. Of a resident pool, and with gathered entries where rows are long."""
+    bias or a residual. Of a resident pool, and with gathered entries: a row's, or each token's own."""
     from slm_fast.kernels.fused_linear import fused_linear_bwd, fused_linear_fwd, stacked_linear_fwd
 
     sizes = Sizes.of(row)
     x, weight = case.x(sizes.tokens, case.features), case.x(case.features, case.features)
     A = case.factors(sizes.columns, case.features)
-    kinds = [(sizes.resident_routing(case), None, sizes.columns)]
-    if sizes.tokens > 64:
-        kinds.append((sizes.gather_routing(case), sizes.max_rank, sizes.top_k * sizes.max_rank))
+    decoding = sizes.tokens <= 64
+    gathering = replace(sizes, rows=sizes.tokens) if decoding else sizes
+    kinds = [
+        (sizes.resident_routing(case), None, sizes.columns),
+        (gathering.gather_routing(case), sizes.max_rank, sizes.top_k * sizes.max_rank),
+    ]
+    splits = 8 if decoding else 1  # of a u that comes from a launch before
     for routing, max_rank, columns in kinds:
         u, settings = floats(sizes.tokens, columns), {"plan": row["plan"], "max_rank": max_rank}
+        given_u = floats(splits, *u.shape)
         if row["phase"] == "backward":
             settings |= {"owned": (0, sizes.columns), "needs": (True,) * 4}
             fused_linear_bwd(x, x, u, weight, A, A, routing, **settings)
@@ -173,14 +178,14 @@ def launch_fused_linear(row, case):
         for bias in (case.x(case.features) if given else None for given in case.biases):
             fused_linear_fwd(x, weight, bias, A, A, routing, **settings)
             fused_linear_fwd(x, weight, bias, A, A, routing, save_u=True, **settings)
-            fused_linear_fwd(x, weight, bias, A, A, routing, u=u[None], **settings)
-        for given in (None, u[None]):
+            fused_linear_fwd(x, weight, bias, A, A, routing, u=given_u, **settings)
+        for given in (None, given_u):
             residual = case.x(sizes.tokens, case.features)
             fused_linear_fwd(x, weight, None, A, A, routing, u=given, residual=residual, **settings)
         for linears in set(case.linears) - {1}:
             stacked = case.x(linears * case.features, case.features)
             for bias in (case.x(len(stacked)) if given else None for given in case.biases):
-                us = floats(linears, 1, *u.shape)
+                us = floats(linears, splits, *u.shape)
                 stacked_linear_fwd(x, stacked, bias, [A] * linears, routing, us, **settings)
 
 

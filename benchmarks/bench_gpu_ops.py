@@ -54,6 +54,8 @@ def decode_group(rows: int, shape: tuple[int, int], rounds: int, l2: int) -> Gro
             workloads.forward(batch, "mixture", given_u=True, target=target["gather"]),
             workloads.forward(batch, "fused_linear", target=target["fused"]),
             workloads.forward(batch, "fused_linear", given_u=True, target=target["fused"]),
+            workloads.forward(batch, "segment_linear", target=target["fused"]),
+            workloads.forward(batch, "segment_linear", given_u=True, target=target["fused"]),
         ], layers
 
     return Group(f"decode {rows} rows {shape[0]}->{shape[1]}", make, rounds)

@@ -54,7 +54,7 @@ def make_base(name: str, dtype: torch.dtype) -> torch.nn.Module:
 def make_engine(base: torch.nn.Module, targets) -> SLMModel:
     """The engine on a copy of `base`, whose task's factors all differ from zero."""
     config = SLMConfig(r=RANK, top_k=TOP_K, target_modules=targets, entries_per_task=ENTRIES)
-    model = get_slm_model(copy.deepcopy(base), config)
+    model = get_slm_model(copy.deepcopy(base), config).to(base.device)
     generator = torch.Generator().manual_seed(0)
     for name in (*(f"old{t}" for t in range(TASKS)), TASK):
         model.pool.add_task(name, torch.randn(ENTRIES, 8, generator=generator), generator=generator)
@@ -70,7 +70,7 @@ def make_routing(model: SLMModel, rows: int) -> Routing:
     slots = torch.tensor(model.pool.task(TASK).slots)
     picks = torch.stack([torch.randperm(ENTRIES, generator=generator)[:TOP_K] for _ in range(rows)])
     weights = torch.rand(rows, TOP_K, generator=generator).softmax(-1)
-    return Routing.make(slots[picks], weights, pool_version=model.pool.version)
+    return Routing.make(slots[picks], weights, pool_version=model.pool.version).to(model.device)
 
 
 def learnt_factors(model: SLMModel) -> dict[str, tuple[Tensor, Tensor]]:
@@ -170,10 +170,10 @@ def plain_mixture(layer, x: Tensor, A: Tensor, B: Tensor, picks: Tensor, weights
     return F.linear(x, layer.weight, layer.bias) + torch.einsum("btkr,bkro->bto", u, B).to(x.dtype)
 
 
-def dense_mixture(layer, x: Tensor, A: Tensor, B: Tensor, picks: Tensor, weights: Tensor) -> Tensor:
+def dense_mixture(layer, x: Tensor, A: Tensor, B: Tensor, picks: list[list[int]], weights: Tensor) -> Tensor:
     """The authors': the weight increments of the first row's picks, dense and added to the weight."""
     A, B = (t.view(ENTRIES, RANK, -1) for t in (A, B))
-    picked = zip(picks[0].tolist(), weights[0], strict=True)
+    picked = zip(picks[0], weights[0], strict=True)
     offset = sum(w * (B[i].T @ A[i]) for i, w in picked)
     return F.linear(x, layer.weight + offset.to(layer.weight.dtype), layer.bias)
 
@@ -193,10 +193,12 @@ def make_step(name: str, base: torch.nn.Module, targets, ids: Tensor, checkpoint
         if checkpointing:
             model.gradient_checkpointing_enable()
         return engine_step(model, routing, ids)
-    picks = routing.indices - model.pool.task(TASK).slots[0]
+    picks = (routing.indices - model.pool.task(TASK).slots[0]).tolist()
     batches = [(ids, picks, routing.weights)]
     if name == "dense_rows":
-        batches = [(ids[row, None], picks[row, None], routing.weights[row, None]) for row in range(len(ids))]
+        batches = [
+            (ids[row, None], picks[row : row + 1], routing.weights[row, None]) for row in range(len(ids))
+        ]
     return replaced_step(base, learnt_factors(model), dense_mixture, batches)
 
 
@@ -213,11 +215,13 @@ def verify(base: torch.nn.Module, targets, ids: Tensor, checkpointing: bool) -> 
         model.gradient_checkpointing_enable()
     first, own = model.pool.task(TASK).slots[0], make_routing(model, len(ids))
     shared = own.rows([0] * len(ids))
-    single = Routing.make(own.indices[:1, :1] * 0 + first, [[1.0]], pool_version=model.pool.version)
+    picks = torch.full((1, 1), first, dtype=torch.int32)
+    single = Routing.make(picks, [[1.0]], pool_version=model.pool.version).to(model.device)
     routings = {"own": own, "shared": shared, "single": single.rows([0] * len(ids))}
 
     def replaced(of: torch.nn.Module, routing: Routing, mixture: Callable) -> tuple:
-        batches = [(ids, routing.indices - first, routing.weights)]
+        picks = routing.indices - first
+        batches = [(ids, picks if mixture is plain_mixture else picks.tolist(), routing.weights)]
         return replaced_step(copy.deepcopy(of), learnt_factors(model), mixture, batches).loss_and_grads()
 
     # The class's own `float` refuses weights that came from a GGUF file.

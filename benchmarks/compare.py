@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 REFERENCES = ("frozen", "transformers", "torch", "faiss flat", "autograd")
-PEERS = (*REFERENCES, "frozen again", "peft", "peft_r", "merged", "dense", "dense_rows", "faiss")
+PEERS = (
+    *REFERENCES,
+    "frozen again",
+    "frozen eager",
+    "peft",
+    "peft_r",
+    "merged",
+    "dense",
+    "dense_rows",
+    "faiss",
+)
 KEYS = (
     "benchmark",
     "model",

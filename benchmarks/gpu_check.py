@@ -1,9 +1,9 @@
-"""What only a machine with a GPU can prove, in one command: build, GPU tests, sanitizer, benchmark.
+"""What only a machine with a GPU can prove, in one command: build, GPU tests, sanitizer, benchmarks.
 
 Uses the Python that runs it and installs nothing. A step that fails or runs out of time is recorded, makes
 the exit status 1, and does not stop the others. The results are `<card>.json` in the output folder, written
-after every step; what a step printed is in a log beside it (or in build/). While it runs, the benchmark
-writes `<card>_ops.json`, which becomes part of `<card>.json` at its end.
+after every step; what a step printed is in a log beside it (or in build/). While it runs, the benchmark of
+ops writes `<card>_ops.json`, which becomes part of `<card>.json` at its end; so does the models' suite.
 
     make gpu-check                 or   python3 benchmarks/gpu_check.py [--quick] [--output DIR]
     where a command may take ten minutes:   --steps build,tests --limit 570, then --steps build,bench
@@ -27,17 +27,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("build", "tests", "sanitizer", "bench")
+STEPS = ("build", "tests", "kernels", "sanitizer", "model", "bench")
 LIMITS = {
     "build": 300,
     "gpu tests": 420,
+    "large tests": 200,
     "kernel tests": 420,
     "memcheck": 120,
     "racecheck": 120,
+    "model": 400,
     "bench": 540,
 }
 QUICK_BENCH = 150  # seconds
-# Their kernels run on the device where there is one; those marked `gpu` run first, and alone.
+WORKERS = 14  # processes with tests, at most: most of the time goes into compiling variants
+# Their kernels run on the device where there is one; those marked `gpu` run before.
 KERNEL_TESTS = [
     f"tests/test_{name}.py"
     for name in (
@@ -248,16 +251,26 @@ def judge_tests(outcome: Outcome) -> tuple[str, str]:
     return ("ok" if good else "failed"), detail
 
 
-def tests(check: Check, quick: bool) -> None:
-    pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
+def pytest_command(several: bool, *args: str) -> list[str]:
+    """pytest, in several processes where it can."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("pytest_timeout"):
-        pytest.append("--timeout=200")
-    check.command("gpu tests", [*pytest, "-m", "gpu", "tests"], judge_tests)
-    several = []
-    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling small variants
-        several = ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
+        command.append("--timeout=200")
+    if several and importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, min(WORKERS, (os.cpu_count() or 1) - 2)))]
+    return [*command, *args]
+
+
+def tests(check: Check, quick: bool) -> None:
+    """What needs a GPU; then what needs most of its memory."""
+    check.command("gpu tests", pytest_command(True, "-m", "gpu and not large", "tests"), judge_tests)
+    if not quick:
+        check.command("large tests", pytest_command(False, "-m", "gpu and large", "tests"), judge_tests)
+
+
+def kernels(check: Check, quick: bool) -> None:
     files = [path for path in KERNEL_TESTS if (ROOT / path).exists()]
-    check.command("kernel tests", [*pytest, *several, "-m", "not gpu", *files], judge_tests)
+    check.command("kernel tests", pytest_command(True, "-m", "not gpu", *files), judge_tests)
 
 
 def judge_sanitizer(outcome: Outcome) -> tuple[str, str]:
@@ -282,6 +295,24 @@ def sanitizer(check: Check, quick: bool) -> None:
         command = [tool, "--tool", name, *of_api, *ours, sys.executable, "-c", SEARCH]
         # Without its caching allocator, PyTorch's allocations have ends that memcheck knows.
         check.command(name, command, judge_sanitizer, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def model(check: Check, quick: bool) -> None:
+    """Whole models, as the suite measures them."""
+    folder = ROOT / "build" / "suite"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = folder / "suite.json"
+    written.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks", "model", "--device", "cuda", "--output", str(folder)]
+
+    def judge(outcome: Outcome) -> tuple[str, str]:
+        print("\n".join(line for line in outcome.output.splitlines() if "arning" not in line))
+        with contextlib.suppress(OSError, ValueError):
+            check.record["suite"] = json.loads(written.read_text(encoding="utf8"))
+        measured = check.record.get("suite", {}).get("results", [])
+        return ("ok" if outcome.status == 0 else "failed"), f"{len(measured)} cases"
+
+    check.command("model", [*command, *(["--quick"] if quick else [])], judge)
 
 
 def bench(check: Check, quick: bool) -> None:
@@ -374,7 +405,7 @@ def main() -> None:
         needed.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
     check = Check(folder, card, log, args.limit, **description)
-    known = {"build": build, "tests": tests, "sanitizer": sanitizer, "bench": bench}
+    known = {name: globals()[name] for name in STEPS}
     good = perform(check, [known[name] for name in args.steps], args.quick)
     report(check, good)
     raise SystemExit(not good)

@@ -319,6 +319,31 @@ def suite_serve() -> str:
     return captioned(header, rows, {SUITE: suite_command()})
 
 
+GPU = "nvidia_h100_80gb_hbm3"
+
+
+def gpu_caption() -> str:
+    found = load(GPU)["suite"]["machine"]
+    where = f"{found['card']}, driver {found['driver']}, torch {found['torch']}, triton {found['triton']}"
+    return f"`{GPU}.json`; {where}; `make gpu-check`"
+
+
+def gpu_models() -> str:
+    """A whole model's cases; times, and what multiple of ours they are."""
+    columns = {
+        "on": "slm_fast",
+        "frozen": "frozen",
+        "off": "pool off",
+        "peft": "PEFT",
+        "dense": "dense offsets",
+    }
+    rows = []
+    for record in load(GPU)["suite"]["results"]:
+        found = {"on": record["contenders"].get("engine")} | record["contenders"]
+        rows.append([record["case"], *(times(found.get(name)) for name in columns)])
+    return f"{table(['case', *columns.values()], rows)}\n\n{gpu_caption()}"
+
+
 TABLES = {
     "five tasks": five_tasks,
     "routing of five tasks": routing_of_five_tasks,
@@ -331,6 +356,7 @@ TABLES = {
     "decoding": decoding,
     "prefill": prefill,
     "memory": memory,
+    "models on a GPU": gpu_models,
 }
 
 

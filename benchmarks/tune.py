@@ -130,7 +130,7 @@ def variants(row: dict, rows: int, length: int, features) -> Iterator[Shape]:
         yield Shape(op, rows, length, square, rank=12, top_k=4)
         yield Shape(op, rows, length, square)
     elif op == "fused_linear":
-        for entries in (2, 4, 8, workloads.ENTRIES):
+        for entries in (2, 4, 8, 2 * workloads.ENTRIES, workloads.ENTRIES):
             yield Shape(op, rows, length, square, entries=entries)
         if length >= dispatch.LONG_ROW:
             yield Shape("segment_linear", rows, length, square)

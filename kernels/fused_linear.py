@@ -6,11 +6,13 @@ over rank columns c. Two ways to say which columns a token has:
 
     resident  all R slab rows of the pool, the same for every token; the routing is the dense matrix w [rows,
               entries], so between two steps only its numbers change. For decoding with small pools.
-    gathered  the C = top_k * max_rank columns of the row's own picks, from a pool of any size. A tile walks
-              over the rows that its tokens belong to: for rows of many tokens (prefill, training).
+    gathered  the C = top_k * max_rank columns of the row's own picks, from a pool of any size. Where rows are
+              long (prefill, training), a tile walks over the rows that its tokens belong to. Where nearly
+              every token has a row of its own (decoding), all tokens of a tile gather at once, B as [tokens,
+              columns, features], multiplied and summed: a row costs C columns whatever the pool holds.
 
-Symbols: T tokens, s bytes of an element. Columns that no token of a tile has a weight for cost that tile
-nothing.
+Symbols: T tokens, s bytes of an element. Columns that no token of a long tile has a weight for cost that tile
+nothing; a short tile that meets all its columns at once loads B and the coefficients before the product.
 
 Grid: (T / BLOCK_M) x (out / BLOCK_N) programs, grouped so that neighbours share tiles in L2. The update has
 its own accumulator (two dots chained into one are wrong on some sm_103 compilers, and a token without weights
@@ -53,11 +55,14 @@ from slm_fast.kernels.rank_space import (
     gather_columns,
     mixed_dot,
     rows_of_tokens,
+    splits_at_once,
     steady,
+    sum_splits,
     weighted,
 )
 
 REGISTERS, REGISTERS_OF_THREAD, FP32_REGISTERS = 65536, 255, 192  # the first: of a multiprocessor
+FEW_TOKENS, SHORT_ROW = 64, 4  # of a tile and of a row that decode
 MAX_PARTS = 4
 SLOTS = [f"slot{i}" for i in range(MAX_PARTS)]
 
@@ -74,6 +79,64 @@ def resident_coefficients(columns, rows, num_columns, num_entries, row_entry_ptr
         other=0.0,
     )
     return tl.where(weight == 0, 0.0, weight * scaling[None, :])
+
+
+@triton.jit
+def token_operands(
+    columns,
+    rows,
+    in_part,
+    in_y,
+    B_ptr,
+    start_ptr,
+    rank_ptr,
+    scaling_ptr,
+    indices_ptr,
+    weights_ptr,
+    num_entries,
+    top_k,
+    max_rank,
+    num_columns,
+    features,
+):
+    """(B [tokens, columns, features], coefficient [tokens, columns]) of the columns of every token's own row;
+    a token without a row (-1) has coefficients 0."""
+    slab_row, exists, coefficient = gather_columns(
+        columns[None, :],
+        tl.maximum(rows, 0)[:, None],
+        start_ptr,
+        rank_ptr,
+        scaling_ptr,
+        indices_ptr,
+        weights_ptr,
+        num_entries,
+        top_k,
+        max_rank,
+    )
+    has_row = (rows >= 0)[:, None]
+    b = tl.load(
+        B_ptr + slab_row[:, :, None] * features + in_part[None, None, :],
+        mask=(exists & has_row)[:, :, None] & in_y[None, None, :],
+        other=0.0,
+    )
+    return b, tl.where(has_row & (columns < num_columns)[None, :], coefficient, 0.0)
+
+
+@triton.jit
+def prefetch_rows(ptr, rows, exists, stride, row_size, LINES: tl.constexpr):
+    """Bring the first 128-byte lines of a matrix's rows to L2; in the place of rows that do not exist, the
+    first one's."""
+    line = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements
+    start = tl.where(exists, rows, 0).to(tl.int64)[:, None] * stride
+    k = tl.minimum(tl.arange(0, LINES) * line, row_size - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [(ptr + start + k[None, :]).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -133,9 +196,13 @@ def _fused_linear_fwd_kernel(
     PARTS: tl.constexpr,
     INLINE: tl.constexpr,
     RESIDENT: tl.constexpr,
+    TOKENWISE: tl.constexpr,
+    EARLY: tl.constexpr,
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LINES: tl.constexpr,
     WEIGHT_IS_KN: tl.constexpr,
     TMA: tl.constexpr,
     CHAIN: tl.constexpr,
@@ -144,6 +211,7 @@ def _fused_linear_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(features0, BLOCK_N)
     if PARTS > 1:
@@ -176,6 +244,56 @@ def _fused_linear_fwd_kernel(
     in_part = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n = begin + in_part
     in_x, in_y = tokens < num_tokens, in_part < features
+
+    if AHEAD and LINES > 0:
+        prefetch_rows(weight_ptr, n, in_y, stride_w, in_features, LINES)
+    if AHEAD and INLINE:  # nothing is known of the launch before, but that it did not write the weights
+        tl.extra.cuda.gdc_wait()
+    rows = rows_of_tokens(tokens, cu_seqlens_ptr, num_rows, search_steps, tokens_per_row, VARLEN)
+    rows = tl.where(in_x, rows, -1)
+    mixes = 1
+    if PARTS > 1:
+        mixes = tl.where(slot < 0, 0, 1)
+    if not RESIDENT:
+        rows = outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN)
+    if EARLY:  # all columns at once: what the update needs beside u is on its way before the product
+        columns = tl.arange(0, BLOCK_C)
+        if TOKENWISE:
+            b, coefficient = token_operands(
+                columns,
+                tl.where(mixes > 0, rows, -1),
+                in_part,
+                in_y,
+                B_ptr,
+                start_ptr,
+                rank_ptr,
+                scaling_ptr,
+                indices_ptr,
+                weights_ptr,
+                num_entries,
+                top_k,
+                max_rank,
+                num_columns,
+                features,
+            )
+        else:
+            coefficient = resident_coefficients(
+                columns,
+                tl.where(mixes > 0, rows, -1),
+                num_columns,
+                num_entries,
+                row_entry_ptr,
+                scaling_ptr,
+                weights_ptr,
+            )
+            used = (tl.max((coefficient != 0).to(tl.int32), 0) > 0)[:, None]
+            b = tl.load(
+                B_ptr + columns.to(tl.int64)[:, None] * features + in_part[None, :],
+                mask=used & in_y[None, :],
+                other=0.0,
+            )  # [BLOCK_C, BLOCK_N]
+    if AHEAD and not INLINE:  # x and u come from the launch before; weights, B and routing do not
+        tl.extra.cuda.gdc_wait()
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if INLINE:
@@ -213,69 +331,97 @@ def _fused_linear_fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=in_y, other=0.0).to(tl.float32)[None, :]
 
-    rows = rows_of_tokens(tokens, cu_seqlens_ptr, num_rows, search_steps, tokens_per_row, VARLEN)
-    rows = tl.where(in_x, rows, -1)
     if CHAIN:
         update = acc
     else:
         update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     active = tl.zeros([BLOCK_M], tl.int32)
-    if PDL:
+    if PDL and not AHEAD:
         tl.extra.cuda.gdc_wait()
-    if RESIDENT:  # every token has the same columns
-        first_row, end_row = 0, 1
-        if PARTS > 1:
-            end_row = tl.where(slot < 0, 0, 1)
-    else:  # each row of the tile has its own, one row at a time
-        rows = outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN)
-        end_row = tl.max(rows, 0) + 1
-        first_row = tl.min(tl.where(rows >= 0, rows, end_row), 0)
-        if PARTS > 1:
-            end_row = tl.where(slot < 0, first_row, end_row)
     if PARTS > 1:
         u_ptr += tl.maximum(slot, 0).to(tl.int64) * num_splits * stride_us
-    for i in range(0, end_row - first_row):  # from 0: Triton 3.9 loses the loads' width otherwise
-        row = first_row + i
-        for c0 in range(0, num_columns, BLOCK_C):
+    if EARLY:
+        active = tl.max((coefficient != 0).to(tl.int32), 1)
+        if INLINE:
+            u = inline_u
+        else:
+            at = tokens[:, None] * stride_ut + columns[None, :]
+            listed = in_x[:, None] & (columns < num_columns)[None, :]
+            u = sum_splits(u_ptr, num_splits, stride_us, at, listed, AT_ONCE)
+        if TOKENWISE:
+            update += tl.sum(b.to(tl.float32) * weighted(u, coefficient)[:, :, None], 1)
+        else:
+            update = mixed_dot(weighted(u, coefficient), b.to(tl.float32), update, PRECISION)
+    elif TOKENWISE:
+        for c0 in range(0, num_columns * mixes, BLOCK_C):
             columns = c0 + tl.arange(0, BLOCK_C)
-            if RESIDENT:
-                slab_row, exists = columns.to(tl.int64), columns < num_columns
-                coefficient = resident_coefficients(
-                    columns, rows, num_columns, num_entries, row_entry_ptr, scaling_ptr, weights_ptr
-                )
-            else:
-                slab_row, exists, of_row = gather_columns(
-                    columns,
-                    row,
-                    start_ptr,
-                    rank_ptr,
-                    scaling_ptr,
-                    indices_ptr,
-                    weights_ptr,
-                    num_entries,
-                    top_k,
-                    max_rank,
-                )
-                coefficient = tl.where((rows == row)[:, None], of_row[None, :], 0.0)
-            used = tl.max((coefficient != 0).to(tl.int32), 1)
-            active = tl.maximum(active, used)
-            if tl.max(used, 0) > 0:  # columns that no token of the tile uses cost nothing
-                b = tl.load(
-                    B_ptr + slab_row[:, None] * features + in_part[None, :],
-                    mask=exists[:, None] & in_y[None, :],
-                    other=0.0,
-                )  # [BLOCK_C, BLOCK_N]
-                if INLINE:
-                    u = inline_u
+            b, coefficient = token_operands(
+                columns,
+                rows,
+                in_part,
+                in_y,
+                B_ptr,
+                start_ptr,
+                rank_ptr,
+                scaling_ptr,
+                indices_ptr,
+                weights_ptr,
+                num_entries,
+                top_k,
+                max_rank,
+                num_columns,
+                features,
+            )
+            active = tl.maximum(active, tl.max((coefficient != 0).to(tl.int32), 1))
+            at = tokens[:, None] * stride_ut + columns[None, :]
+            listed = in_x[:, None] & (columns < num_columns)[None, :]
+            u = sum_splits(u_ptr, num_splits, stride_us, at, listed, AT_ONCE)
+            update += tl.sum(b.to(tl.float32) * weighted(u, coefficient)[:, :, None], 1)
+    else:
+        if RESIDENT:  # every token has the same columns
+            first_row, end_row = 0, mixes
+        else:  # each row of the tile has its own, one row at a time
+            end_row = tl.max(rows, 0) + 1
+            first_row = tl.min(tl.where(rows >= 0, rows, end_row), 0)
+            end_row = tl.where(mixes > 0, end_row, first_row)
+        for i in range(0, end_row - first_row):  # from 0: Triton 3.9 loses the loads' width otherwise
+            row = first_row + i
+            for c0 in range(0, num_columns, BLOCK_C):
+                columns = c0 + tl.arange(0, BLOCK_C)
+                if RESIDENT:
+                    slab_row, exists = columns.to(tl.int64), columns < num_columns
+                    coefficient = resident_coefficients(
+                        columns, rows, num_columns, num_entries, row_entry_ptr, scaling_ptr, weights_ptr
+                    )
                 else:
-                    u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-                    for split in range(num_splits):
-                        u += tl.load(
-                            u_ptr + split * stride_us + tokens[:, None] * stride_ut + columns[None, :],
-                            mask=in_x[:, None] & (columns < num_columns)[None, :],
-                            other=0.0,
-                        )
-                update = mixed_dot(weighted(u, coefficient), b.to(tl.float32), update, PRECISION)
+                    slab_row, exists, of_row = gather_columns(
+                        columns,
+                        row,
+                        start_ptr,
+                        rank_ptr,
+                        scaling_ptr,
+                        indices_ptr,
+                        weights_ptr,
+                        num_entries,
+                        top_k,
+                        max_rank,
+                    )
+                    coefficient = tl.where((rows == row)[:, None], of_row[None, :], 0.0)
+                used = tl.max((coefficient != 0).to(tl.int32), 1)
+                active = tl.maximum(active, used)
+                if tl.max(used, 0) > 0:  # columns that no token of the tile uses cost nothing
+                    b = tl.load(
+                        B_ptr + slab_row[:, None] * features + in_part[None, :],
+                        mask=exists[:, None] & in_y[None, :],
+                        other=0.0,
+                    )  # [BLOCK_C, BLOCK_N]
+                    if INLINE:
+                        u = inline_u
+                    else:
+                        at = tokens[:, None] * stride_ut + columns[None, :]
+                        listed = in_x[:, None] & (columns < num_columns)[None, :]
+                        u = sum_splits(u_ptr, num_splits, stride_us, at, listed, AT_ONCE)
+                    update = mixed_dot(weighted(u, coefficient), b.to(tl.float32), update, PRECISION)
     if CHAIN:
         y = update
     else:
@@ -355,9 +501,24 @@ def _parts(B):
 
 
 def _fused_linear(
-    x, weight, bias, u, A, B, routing, *, max_rank, tiles, inline, pdl, residual=None, transposed=False
+    x,
+    weight,
+    bias,
+    u,
+    A,
+    B,
+    routing,
+    *,
+    max_rank,
+    tiles,
+    pdl=False,
+    ahead=None,
+    residual=None,
+    transposed=False,
 ):
-    """B: a slab or the size of each part of the weight, see `_parts`.  u: [slabs * splits, T, C]."""
+    """B: a slab or the size of each part of the weight, see `_parts`.  u: [slabs * splits, T, C]; None: made
+    inline.  pdl: begins beside the launch before, which made u and not x.  ahead: begins beside the launch
+    before, whatever it made, and asks for so many lines of its weights until that has ended."""
     num_tokens, in_features = x.shape
     sizes, parts = _parts(B)
     out_features, resident = sum(sizes), max_rank is None
@@ -375,7 +536,20 @@ def _fused_linear(
     tma = tiles["TMA"] and not any(
         t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, weight)
     )
+    num_splits = 0 if u is None else u.shape[0] // (max(parts[slot] for slot in SLOTS) + 1)
+    # While decoding nearly every token has a row of its own: all tokens of a tile gather at once.
+    few = tiles["BLOCK_M"] <= FEW_TOKENS and not tma and not tiles["CHAIN"]
+    tokenwise = few and not resident and num_tokens <= SHORT_ROW * weights.shape[0]
+    if tokenwise:
+        held = 64 * 32 * tiles["num_warps"] // (tiles["BLOCK_M"] * tiles["BLOCK_N"])  # of B by a thread
+        tiles = tiles | {"BLOCK_C": 1 << max(held.bit_length() - 1, 1)}
     tiles = tiles | {"TMA": tma}
+    ahead = ahead if few else None
+    pdl = pdl or ahead is not None
+    tile = tiles["BLOCK_M"], tiles["BLOCK_C"], tiles["num_warps"]
+    # What is loaded before the product stays in registers: a thread's share of the coefficients at most 16.
+    early = tokenwise or (few and resident and tile[0] * tile[1] <= 16 * 32 * tile[2])
+    inline = u is None
     # Shared memory decides how many blocks run at once. Told no limit of registers, ptxas picks one (64, 80,
     # 168) that would let one more run, and spills to stay below it; fp32 tiles would fill any limit.
     limit = FP32_REGISTERS if x.dtype == torch.float32 else REGISTERS_OF_THREAD
@@ -410,16 +584,21 @@ def _fused_linear(
             in_features=in_features,
             out_features=out_features,
             stride_w=weight.stride(0),
-            num_splits=0 if inline else u.shape[0] // (max(parts[slot] for slot in SLOTS) + 1),
+            num_splits=num_splits,
             stride_us=num_tokens * num_columns,
             stride_ut=num_columns,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             INLINE=inline,
             RESIDENT=resident,
+            TOKENWISE=tokenwise,
+            EARLY=early and num_columns <= tiles["BLOCK_C"],
             PRECISION=dot_precision(x),
             PDL=pdl,
+            AHEAD=ahead is not None,
+            LINES=ahead or 0,
             WEIGHT_IS_KN=transposed,
+            AT_ONCE=splits_at_once(num_splits, *tile),
             **_rows(num_tokens, weights.shape[0], cu_seqlens),
             **tiles,
             **({"launch_pdl": True} if pdl else {}),
@@ -439,10 +618,13 @@ def fused_linear_fwd(
     tiles = plan["linear"]
     fits = max_rank is None and A.shape[0] <= tiles["BLOCK_C"]  # all of a resident pool's columns at once
     inline = plan["kernel"] == "inline" and fits and u is None and not save_u
-    pdl = plan["pdl"] and not inline and u is None
+    settings = {"max_rank": max_rank, "tiles": tiles, "residual": residual}
     if not inline and u is None:
-        u = _rank_space(x, A, routing, max_rank, plan, splits=1 if save_u else plan["splits"], pdl=pdl)
-    settings = {"max_rank": max_rank, "tiles": tiles, "inline": inline, "pdl": pdl, "residual": residual}
+        splits, pdl = 1 if save_u else plan["splits"], plan["pdl"]
+        u = _rank_space(x, A, routing, max_rank, plan, splits=splits, pdl=pdl)
+        settings["pdl"] = pdl
+    else:
+        settings["ahead"] = plan.get("ahead")
     y = _fused_linear(x, weight, bias, u, A, [B], routing, **settings)
     return y, (u[0] if u.shape[0] == 1 else u.sum(0)) if save_u else None
 
@@ -452,7 +634,7 @@ def stacked_linear_fwd(x, weight, bias, B, routing, u, *, plan, max_rank=None):
 
     B: of each, a slab or the number of features.  u: [slabs, splits, T, C].  routing: as above.
     """
-    settings = {"max_rank": max_rank, "tiles": plan["linear"], "inline": False, "pdl": False}
+    settings = {"max_rank": max_rank, "tiles": plan["linear"], "ahead": plan.get("ahead")}
     return _fused_linear(x, weight, bias, u.flatten(0, 1), None, B, routing, **settings)
 
 
@@ -479,7 +661,7 @@ def fused_linear_bwd(dy, x, u, weight, A, B, routing, *, plan, owned, needs, max
             grads = pool_grads(dy, x, u, g[0], routing, max_rank=max_rank, **settings)
     dx = None
     if needs[0]:
-        settings = {"max_rank": max_rank, "tiles": plan["linear"], "inline": False, "pdl": plan["pdl"]}
+        settings = {"max_rank": max_rank, "tiles": plan["linear"], "pdl": plan["pdl"]}
         dx = _fused_linear(dy, weight, None, g, B, [A], routing, **settings, transposed=True)
     join()
     return dx, *grads, g[0]

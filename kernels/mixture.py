@@ -36,7 +36,9 @@ from slm_fast.kernels.rank_space import (
     routing_arguments,
     segment_tile,
     split_blocks,
+    splits_at_once,
     steady,
+    sum_splits,
     weighted,
 )
 
@@ -226,6 +228,7 @@ def _mixture_expand_kernel(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -240,8 +243,6 @@ def _mixture_expand_kernel(
     in_y = in_tile[:, None] & (n < out_features)[None, :]
     update = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     active = 0
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     if first < end:
         for c0 in range(0, num_columns, BLOCK_C):
             columns = c0 + tl.arange(0, BLOCK_C)
@@ -265,15 +266,15 @@ def _mixture_expand_kernel(
                     mask=exists[:, None] & (n < out_features)[None, :],
                     other=0.0,
                 )  # [BLOCK_C, BLOCK_N]
-                u = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-                for split in range(num_splits):
-                    u += tl.load(
-                        u_ptr + split * stride_us + tokens[:, None] * stride_ut + columns[None, :],
-                        mask=in_tile[:, None] & (columns < num_columns)[None, :],
-                        other=0.0,
-                    )
+                if PDL:  # B and the routing do not come from the launch before
+                    tl.extra.cuda.gdc_wait()
+                at = tokens[:, None] * stride_ut + columns[None, :]
+                listed = in_tile[:, None] & (columns < num_columns)[None, :]
+                u = sum_splits(u_ptr, num_splits, stride_us, at, listed, AT_ONCE)
                 v = weighted(u, coefficient[None, :])
                 update = mixed_dot(v, b.to(tl.float32), update, PRECISION)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     y_block = y_ptr + tokens[:, None] * out_features + n[None, :]
     if ACCUMULATE:
         if active > 0:  # a row without weights keeps its bits
@@ -333,6 +334,7 @@ def expand(u, y, B, routing, *, max_rank, tiles, accumulate=True, pdl=False):
         ACCUMULATE=accumulate,
         PRECISION=dot_precision(y),
         PDL=pdl,
+        AT_ONCE=splits_at_once(num_splits, tiles["BLOCK_T"], tiles["BLOCK_C"], tiles["num_warps"]),
         **arguments,
         **tiles,
         **({"launch_pdl": True} if pdl else {}),

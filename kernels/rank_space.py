@@ -198,6 +198,18 @@ def weighted(u, coefficient):
 
 
 @triton.jit
+def sum_splits(u_ptr, num_splits, stride_us, at, mask, AT_ONCE: tl.constexpr):
+    """u[tokens, columns] at the offsets `at`: its partial sums, added in order; AT_ONCE are on their way."""
+    u = tl.zeros([at.shape[0], at.shape[1]], tl.float32)
+    for first in range(0, num_splits, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            split = first + i
+            listed = mask & (tl.zeros_like(at) + split < num_splits)
+            u += tl.load(u_ptr + split * stride_us + at, mask=listed, other=0.0)
+    return u
+
+
+@triton.jit
 def shrink_dot(h, acc, A_ptr, slab_row, exists, k, in_features, PRECISION: tl.constexpr):
     """acc + h @ A[slab rows]^T over the features k; h: [BLOCK_T, BLOCK_K], acc: [BLOCK_T, BLOCK_C]."""
     a = tl.load(
@@ -272,6 +284,12 @@ def routing_arguments(routing, num_tokens, *, max_rank, block, num_columns=None)
         "num_columns": num_columns if resident else top_k * max_rank,
         "VARLEN": cu_seqlens is not None,
     }
+
+
+def splits_at_once(num_splits: int, tokens: int, columns: int, num_warps: int) -> int:
+    """AT_ONCE of `sum_splits`: at most 8, in at most 64 registers of a thread."""
+    fits = min(64 * 32 * num_warps // (tokens * columns), 8)
+    return max(min(fits, triton.next_power_of_2(max(num_splits, 1))), 1)
 
 
 def split_blocks(size: int, block: int, splits: int) -> tuple[int, int]:

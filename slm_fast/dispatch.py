@@ -30,6 +30,7 @@ _getenv = os.environ.get if _C is None else _C.getenv  # a microsecond, or a qua
 search_tensors = (
     None if _C is None or not _C.use_tensors(Tensor, torch.get_num_threads) else _C.search_tensors
 )
+SHORT_ROW, SHORT_BATCH = 4, 64  # tokens: of a row that decodes, of a tile that gathers for each token
 LONG_ROW = 64  # tokens of a row from which on a tile of the fused kernel meets few rows
 
 
@@ -258,11 +259,18 @@ def _architecture(device: str) -> str:
     return plan.architecture_of(torch.cuda.get_device_capability(device)) if "cuda" in device else "sm_90"
 
 
-def find_plan(op: str, phase: str, x: Tensor, columns: int, in_features: int, out_features: int) -> dict:
-    """The plan table's choice for x [tokens, features]; the interpreter knows no dependent launches."""
-    sizes = (x.shape[0], columns, in_features, out_features)
+def find_plan(
+    op: str, phase: str, x: Tensor, columns: int, in_features: int, out_features: int, num_rows: int = 0
+) -> dict:
+    """The plan table's choice for x [tokens, features]; the interpreter knows no dependent launches.
+
+    `num_rows` rows of few tokens, each with columns of its own, get the tiles of a short batch: those of a
+    long one would meet one row after the other.
+    """
+    tokens = min(x.shape[0], SHORT_BATCH) if x.shape[0] <= SHORT_ROW * num_rows else x.shape[0]
+    sizes = (tokens, columns, in_features, out_features)
     found = plan.find(_architecture(str(x.device)), op, phase, x.dtype == torch.float32, *sizes)
-    return found if x.is_cuda else found | {"pdl": False}
+    return found if x.is_cuda else found | {"pdl": False, "ahead": None}
 
 
 def linear_op(x: Tensor, num_rows: int, columns: int, in_features: int, out_features: int) -> str:
@@ -348,7 +356,8 @@ def fused_linear_forward_gpu(
     from slm_fast.kernels import fused_linear
 
     columns = num_columns(A, None if max_rank is None else routing, max_rank)
-    found = find_plan("fused_linear", "forward", x, columns, A.shape[1], B.shape[1])
+    num_rows = 0 if max_rank is None else routing[4].shape[0]
+    found = find_plan("fused_linear", "forward", x, columns, A.shape[1], B.shape[1], num_rows)
     settings = {"max_rank": max_rank, "plan": found, "u": u, "save_u": save_u, "residual": residual}
     with _on_device(x):
         return fused_linear.fused_linear_fwd(x, weight, bias, A, B, routing, **settings)
@@ -366,7 +375,8 @@ def stacked_linear_gpu(
     """y [T, sum of the linears' features]; `reference.stacked_linear` with u [slabs, splits, T, columns]."""
     from slm_fast.kernels import fused_linear
 
-    found = find_plan("fused_linear", "forward", x, u.shape[-1], x.shape[1], weight.shape[0])
+    num_rows = 0 if max_rank is None else routing[4].shape[0]
+    found = find_plan("fused_linear", "forward", x, u.shape[-1], x.shape[1], weight.shape[0], num_rows)
     with _on_device(x):
         return fused_linear.stacked_linear_fwd(x, weight, bias, B, routing, u, plan=found, max_rank=max_rank)
 

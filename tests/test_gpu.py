@@ -238,6 +238,7 @@ def needs_memory(gigabytes):
         pytest.skip(f"needs {gigabytes} GB of device memory")
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("op", [*LINEARS, "norm_shrink", "silu_mul_shrink"])
 def test_offsets_beyond_31_bits(op):
     """2^31 elements and 256 tokens more in x; the last four rows against the formula, gradients too."""
@@ -269,6 +270,7 @@ def test_offsets_beyond_31_bits(op):
         assert_close(got, w, s, DTYPE)
 
 
+@pytest.mark.large
 def test_search_offsets_beyond_31_bits():
     needs_memory(20)
     num_keys, dim = (1 << 31) // 768 + 1000, 768

@@ -201,6 +201,21 @@ def test_the_search_under_the_sanitizer_is_a_call_that_runs(gpu_check):
     assert run.returncode == 0 and "searched without" in run.stdout, run.stderr
 
 
+def test_the_models_are_recorded(gpu_check, check, monkeypatch, tmp_path, capsys):
+    """A suite that writes two cases and then fails."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__main__.py").write_text(
+        "import sys, pathlib\n"
+        "path = pathlib.Path(sys.argv[sys.argv.index('--output') + 1]) / 'suite.json'\n"
+        "path.write_text('{\"results\": [1, 2]}'); print(*sys.argv[1:]); raise SystemExit(1)\n"
+    )
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    gpu_check.model(check, True)
+    assert "model --device cuda" in capsys.readouterr().out
+    assert recorded(check)["suite"] == {"results": [1, 2]}
+    assert (recorded(check)["steps"]["model"]["status"], check.results[0].detail) == ("failed", "2 cases")
+
+
 def test_the_benchmark_is_recorded_even_if_it_was_ended(gpu_check, check, monkeypatch, tmp_path):
     """A benchmark that writes one result and goes on for too long."""
     measured = {"results": [{"microseconds": 1.0, "met": True}, {"error": "no"}], "left_out": ["b"]}

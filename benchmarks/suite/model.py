@@ -17,6 +17,7 @@ import torch
 from contenders import ENTRIES, RANK, TARGETS, TOP_K
 from torch import nn
 
+from suite import gpu_model
 from suite.cases import Case, Contender, Effort, measure, measured, target
 from suite.machine import dtype_name, natural_dtype
 
@@ -101,8 +102,9 @@ def memory_record(name: str, rows: int, rounds: int, repeats: int) -> dict:
 
 
 def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
-    """On a CPU. `bench_gpu_ops.py` measures the linears of a model on a GPU."""
+    """On a GPU those of `gpu_model.py`; `bench_gpu_ops.py` measures the linears of a model there."""
     if device != "cpu":
+        yield from map(tokens_per_second, measured(gpu_model.cases(quick, device), device, effort))
         return
     for name in ("smol",) if quick else ("smol", "7b"):
         base = common.make_base(name)

@@ -1,0 +1,179 @@
+"""A whole model on a GPU: LLaMA-2-7B's shape with random weights, bf16, every row its own mixture.
+
+Decoding is one step behind a prompt over a static cache, again and again at the same place, as a CUDA graph
+where a name does not say "eager" (PEFT's adapters by row cannot be captured: `peft` is eager). `frozen` is
+transformers' own code in a graph: what a mixture must be compared with; `frozen eager` is what `generate`
+runs by default. Contenders share the base's weights but for the engine, whose q, k, v and gate, up are one
+tensor each. All are held against an fp32 copy as in `contenders.py`.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import bench_training
+import contenders as common
+import gpu_timing
+import torch
+import transformers
+from bench_prefill import operations_share
+from contenders import RANK, TARGETS, TOP_K
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from suite.cases import Case, Contender
+
+PROMPT, CONTEXT, ENTRIES = 128, 256, 12  # tokens; tokens of the cache; of the pool
+SHAPE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+NAME = "llama-2-7b"
+WIDE_LAYERS = 4  # of the model that is trained
+OURS = "on"
+EAGER = " eager"
+
+
+def make_base(device: str, vocab_size: int = 32000, **shape) -> LlamaForCausalLM:
+    """Made where it stays; the same at every call."""
+    transformers.set_seed(0)
+    config = LlamaConfig(vocab_size=vocab_size, **(SHAPE | shape))
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+class Step:
+    """A decoding step; a call runs it, or replays its graph, and returns the logits [rows, vocab]."""
+
+    def __init__(self, forward: Callable, config: LlamaConfig, prompt: Tensor, graph: bool) -> None:
+        self.forward, self.cache = forward, StaticCache(config=config, max_cache_len=CONTEXT)
+        self.token, self.replay = prompt[:, :1].clone(), None
+        self.position = torch.full((1, 1), prompt.shape[1], device=prompt.device)
+        with torch.inference_mode():
+            forward(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.lengths = [layer.cumulative_length for layer in self.cache.layers]
+            if graph:
+                self.replay = gpu_timing.Captured(lambda _: self.run(), 1)
+
+    def run(self) -> Tensor:
+        out = self.forward(
+            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True
+        )
+        torch._foreach_sub_(self.lengths, 1)  # the next step takes this one's place
+        return out.logits[:, -1]
+
+    def __call__(self) -> Tensor:
+        if self.replay is not None:
+            self.replay()
+            return self.replay.results[0]
+        with torch.inference_mode():
+            return self.run()
+
+
+def make_engine(base: nn.Module, rows: int) -> tuple:
+    """(model, routing) on a copy of the base."""
+    model = common.make_engine(copy.deepcopy(base), TARGETS["all"], ENTRIES).to(base.device)
+    return model, common.make_routing(model, rows).to(base.device)
+
+
+def exact(model, routing, call: Callable[[Callable], Tensor]) -> list[Tensor]:
+    """`call`'s logits of the fp32 copy, with the mixtures and without; the copy is gone afterwards."""
+    twin = copy.deepcopy(model).float()
+    twin.pool.config.backend = "reference"
+    return [call(common.engine_forward(twin, chosen)).float().clone() for chosen in (routing, None)]
+
+
+def forwards(base: nn.Module, model, routing) -> dict[str, Callable]:
+    """Of the contenders that have a graph, and PEFT; `dense` answers row 0."""
+    adapted = common.make_peft(common.sharing(base), model, TARGETS["all"], routing)
+    names = [f"r{row}" for row in range(routing.num_rows)]
+    dense = common.sharing(base)
+    common.add_dense_offsets(dense, model, routing)
+    return {
+        "frozen": base,
+        "off": common.engine_forward(model, None),
+        OURS: common.engine_forward(model, routing),
+        "peft": lambda **inputs: adapted(**inputs, adapter_names=names),
+        "dense": dense,
+    }
+
+
+def linears(base: nn.Module) -> int:
+    """Weights of all linears, the head's too."""
+    return sum(module.weight.numel() for module in base.modules() if isinstance(module, nn.Linear))
+
+
+def features(model) -> int:
+    return sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
+
+
+def contenders_of(calls: dict[str, Callable], rows: int) -> list[Contender]:
+    scale = {"dense": rows}
+    return [
+        Contender(name, lambda _, call=call: call(), scale=scale.get(name, 1)) for name, call in calls.items()
+    ]
+
+
+def decode_case(base: nn.Module, rows: int, graph: bool = True) -> Case:
+    model, routing = make_engine(base, rows)
+    prompt = common.make_prompt(base.config.vocab_size, rows, PROMPT).to(base.device)
+    wanted = exact(model, routing, lambda forward: Step(forward, base.config, prompt, False)())
+    found = forwards(base, model, routing)
+    found |= {name + EAGER: found[name] for name in ("frozen", OURS)}
+    calls = {}
+    for name, forward in found.items():
+        captured = graph and not name.endswith(EAGER) and name != "peft"
+        calls[name] = Step(forward, base.config, prompt[:1] if name == "dense" else prompt, captured)
+    common.verify({name: call().float() for name, call in calls.items()}, *wanted)
+    distinct = common.distinct_entries(routing)
+    axes = {"kind": "decode", "model": NAME, "rows": rows, "entries": ENTRIES, "distinct": distinct}
+    axes |= {"dtype": "bfloat16", "context": PROMPT}
+    itemsize, added = base.dtype.itemsize, RANK * features(model)
+    size = itemsize * (linears(base) + distinct * added)
+    operations = 2 * rows * (linears(base) + TOP_K * added)
+    name = f"decode, {NAME}, {rows} rows"
+    return Case("model", name, axes, contenders_of(calls, rows), OURS, size, operations)
+
+
+def prefill_case(base: nn.Module, rows: int, tokens: int) -> Case:
+    """Eager calls; also the time to first token: the logits of the last one are the first answer's."""
+    model, routing = make_engine(base, rows)
+    prompt = common.make_prompt(base.config.vocab_size, rows, tokens).to(base.device)
+
+    @torch.inference_mode()
+    def call(forward, ids=prompt):
+        return forward(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1]
+
+    wanted = exact(model, routing, call)
+    found = forwards(base, model, routing)
+    calls = {
+        name: lambda forward=forward, ids=prompt[:1] if name == "dense" else prompt: call(forward, ids)
+        for name, forward in found.items()
+    }
+    common.verify({name: call().float() for name, call in calls.items()}, *wanted)
+    head = base.get_output_embeddings().weight.numel()
+    attention = base.config.num_hidden_layers * base.config.hidden_size * tokens
+    each = linears(base) - head + TOP_K * RANK * features(model) + attention
+    axes = {"kind": "prefill", "model": NAME, "rows": rows, "tokens": tokens, "dtype": "bfloat16"}
+    axes["mixture_operations"] = operations_share(base, model, tokens)
+    size = base.dtype.itemsize * (linears(base) + common.distinct_entries(routing) * RANK * features(model))
+    name = f"prefill, {NAME}, {rows} x {tokens} tokens"
+    operations = 2 * rows * (tokens * each + head)
+    return Case("model", name, axes, contenders_of(calls, rows), OURS, size, operations)
+
+
+def step_case(device: str, rows: int, tokens: int, **shape) -> Case:
+    """A training step of a few layers of that width, bf16, learnt factors in fp32; `engine` is ours."""
+    base = make_base(device, **({"num_hidden_layers": WIDE_LAYERS} | shape)).train()
+    ids = bench_training.make_ids(base, rows, tokens).to(device)
+    bench_training.verify(base, TARGETS["all"], ids[:4, :32], False)
+    names = ("frozen", "engine", "peft", "dense")
+    steps = {name: bench_training.make_step(name, base, TARGETS["all"], ids, False) for name in names}
+    axes = {"kind": "step", "model": NAME, "layers": base.config.num_hidden_layers, "dtype": "bfloat16"}
+    axes |= {"rows": rows, "tokens": tokens, "targets": "all", "checkpointing": "off"}
+    name = f"training step, {NAME} wide, {rows} x {tokens} tokens"
+    return Case("model", name, axes, contenders_of(steps, 1), "engine")
+
+
+def cases(quick: bool, device: str) -> Iterator[Case]:
+    base = make_base(device)
+    yield from (decode_case(base, rows) for rows in ((1, 8) if quick else (1, 8, 32)))
+    yield from (prefill_case(base, *size) for size in (((8, 512),) if quick else ((1, 128), (8, 512))))
+    del base
+    yield step_case(device, 8, 128)
