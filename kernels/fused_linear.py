@@ -249,14 +249,14 @@ def _fused_linear_fwd_kernel(
         prefetch_rows(weight_ptr, n, in_y, stride_w, in_features, LINES)
     if AHEAD and INLINE:  # nothing is known of the launch before, but that it did not write the weights
         tl.extra.cuda.gdc_wait()
-    rows = rows_of_tokens(tokens, cu_seqlens_ptr, num_rows, search_steps, tokens_per_row, VARLEN)
-    rows = tl.where(in_x, rows, -1)
     mixes = 1
     if PARTS > 1:
         mixes = tl.where(slot < 0, 0, 1)
-    if not RESIDENT:
-        rows = outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN)
     if EARLY:  # all columns at once: what the update needs beside u is on its way before the product
+        rows = rows_of_tokens(tokens, cu_seqlens_ptr, num_rows, search_steps, tokens_per_row, VARLEN)
+        rows = tl.where(in_x, rows, -1)
+        if not RESIDENT:
+            rows = outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN)
         columns = tl.arange(0, BLOCK_C)
         if TOKENWISE:
             b, coefficient = token_operands(
@@ -331,6 +331,11 @@ def _fused_linear_fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=in_y, other=0.0).to(tl.float32)[None, :]
 
+    if not EARLY:
+        rows = rows_of_tokens(tokens, cu_seqlens_ptr, num_rows, search_steps, tokens_per_row, VARLEN)
+        rows = tl.where(in_x, rows, -1)
+        if not RESIDENT:
+            rows = outside_no_row(rows, tokens, cu_seqlens_ptr, VARLEN)
     if CHAIN:
         update = acc
     else:
@@ -541,7 +546,8 @@ def _fused_linear(
     few = tiles["BLOCK_M"] <= FEW_TOKENS and not tma and not tiles["CHAIN"]
     tokenwise = few and not resident and num_tokens <= SHORT_ROW * weights.shape[0]
     if tokenwise:
-        held = 64 * 32 * tiles["num_warps"] // (tiles["BLOCK_M"] * tiles["BLOCK_N"])  # of B by a thread
+        held = 128 // x.element_size() * 32 * tiles["num_warps"]  # numbers of B in the threads' registers
+        held //= tiles["BLOCK_M"] * tiles["BLOCK_N"]
         tiles = tiles | {"BLOCK_C": 1 << max(held.bit_length() - 1, 1)}
     tiles = tiles | {"TMA": tma}
     ahead = ahead if few else None

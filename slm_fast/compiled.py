@@ -232,26 +232,33 @@ def fused_linear(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    row_entry: Tensor,
-    scaling: Tensor,
+    entries: list[Tensor],
     cu_seqlens: Tensor | None,
+    max_rank: int | None,
     owned_begin: int,
     owned_end: int,
     backend: str,
     save_u: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and the unweighted u for the backward if `save_u`."""
-    chosen, routing = _select(x, backend), (row_entry, scaling, weights, cu_seqlens)
-    y, saved = autograd.fused_linear_forward(chosen, x, weight, bias, A, B, routing, u, save_u)
+    """y, and the unweighted u for the backward if `save_u`. entries: (row_entry, scaling) of a resident pool;
+    with max_rank (start, rank, scaling, indices)."""
+    chosen, routing = _select(x, backend), (*entries, weights, cu_seqlens)
+    y, saved = autograd.fused_linear_forward(chosen, x, weight, bias, A, B, routing, u, save_u, max_rank)
     saved = _copy_of_given(saved, u)
     if save_u and saved is None:
-        saved = x.new_zeros(x.shape[0], A.shape[0], dtype=torch.float32)
+        saved = x.new_zeros(x.shape[0], _num_columns(A, entries, max_rank), dtype=torch.float32)
     return y, saved if save_u else _empty(x)
 
 
+def _num_columns(A: Tensor, entries: list[Tensor], max_rank: int | None) -> int:
+    return A.shape[0] if max_rank is None else entries[3].shape[1] * max_rank
+
+
 @fused_linear.register_fake
-def _(x, weights, A_owned, B_owned, u, weight, bias, A, B, *rest):
-    saved = x.new_empty(x.shape[0], A.shape[0], dtype=torch.float32) if rest[-1] else _empty(x)
+def _(x, weights, A_owned, B_owned, u, weight, bias, A, B, entries, cu_seqlens, max_rank, *rest):
+    saved = _empty(x)
+    if rest[-1]:
+        saved = x.new_empty(x.shape[0], _num_columns(A, entries, max_rank), dtype=torch.float32)
     return x.new_empty(x.shape[0], weight.shape[0]), saved
 
 
@@ -263,10 +270,10 @@ def fused_linear_backward(
     weight: Tensor,
     A: Tensor,
     B: Tensor,
-    row_entry: Tensor,
-    scaling: Tensor,
     weights: Tensor,
     cu_seqlens: Tensor | None,
+    entries: list[Tensor],
+    max_rank: int | None,
     owned_begin: int,
     owned_end: int,
     backend: str,
@@ -281,22 +288,23 @@ def fused_linear_backward(
         weight,
         A,
         B,
-        (row_entry, scaling, weights, cu_seqlens),
+        (*entries, weights, cu_seqlens),
         (owned_begin, owned_end),
         tuple(needs),
         given_u,
+        max_rank,
     )
     return _kept(grads, needs, x)
 
 
 @fused_linear_backward.register_fake
-def _(dy, x, saved, weight, A, B, row_entry, scaling, weights, cu_seqlens, begin, end, backend, needs, given):
+def _(dy, x, saved, weight, A, B, weights, cu_seqlens, entries, rank, begin, end, backend, needs, given):
     return _fake_grads(x, A, B, weights, saved, end - begin, needs)
 
 
 def _fused_linear_context(ctx, inputs, output):
-    x, weights, A_owned, B_owned, u, weight, bias, A, B, row_entry, scaling, cu_seqlens, *settings, _ = inputs
-    ctx.save_for_backward(x, output[1], weight, A, B, row_entry, scaling, weights, cu_seqlens)
+    x, weights, A_owned, B_owned, u, weight, bias, A, B, entries, cu_seqlens, *settings, _ = inputs
+    ctx.save_for_backward(x, output[1], weight, A, B, weights, cu_seqlens, *entries)
     ctx.settings, ctx.u_shape = settings, None if u is None else u.shape
     ctx.grad_dtypes = tuple(None if p is None else p.dtype for p in (A_owned, B_owned))
 
@@ -305,8 +313,11 @@ def _fused_linear_gradients(ctx, dy, _):
     needs_x, needs_w, needs_A, needs_B, needs_u = ctx.needs_input_grad[:5]
     given_u = ctx.u_shape is not None
     needs = [needs_x, needs_A and not given_u, needs_B, needs_w, needs_u]
-    grads = fused_linear_backward(dy, *ctx.saved_tensors, *ctx.settings, needs, given_u)
-    return (*autograd.leaf_grads(grads, needs, ctx.grad_dtypes, ctx.u_shape), *(None,) * 11)
+    *tensors, entries = *ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    grads = fused_linear_backward(dy, *tensors, entries, *ctx.settings, needs, given_u)
+    entry_grads = [None] * len(entries)
+    leaves = autograd.leaf_grads(grads, needs, ctx.grad_dtypes, ctx.u_shape)
+    return (*leaves, *(None,) * 4, entry_grads, *(None,) * 6)
 
 
 fused_linear.register_autograd(_fused_linear_gradients, setup_context=_fused_linear_context)

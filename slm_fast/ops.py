@@ -309,7 +309,7 @@ def fused_linear(
     leaves, frozen = (flat, weights, A_owned, B_owned, u), (weight, bias, A, B)
     if torch.compiler.is_compiling():
         y, _ = torch.ops.slm_fast.fused_linear(
-            *leaves, *frozen, row_entry, scaling, cu_seqlens, *owned, backend or "", grad
+            *leaves, *frozen, [row_entry, scaling], cu_seqlens, None, *owned, backend or "", grad
         )
     elif grad:
         routing, chosen = (row_entry, scaling, cu_seqlens), dispatch.select(x, backend)
@@ -349,14 +349,14 @@ def segment_linear(
     owned: tuple[int, int] = (0, 0),
     backend: str | None = None,
 ) -> Tensor:
-    """A frozen linear and the mixture of a pool of any size, for rows of many tokens.
+    """A frozen linear and the mixture of a pool of any size.
 
         y[t] = W x[t] + bias + sum_k weights[b, k] * scaling[i] * B[i]^T (A[i] x[t]),   i = indices[b, k]
 
-    On a GPU one kernel computes both, for rows of many tokens (prefill, training): a tile of tokens expands
-    the entries of its own rows alone. Elsewhere, and while a compiler traces, the linear and `mixture` run in
-    turn. A row whose weights are all 0 gets exactly what the linear alone computes in the same kernel.
-    Gradients flow as in `mixture`, never to the linear.
+    On a GPU one kernel computes both. A tile of tokens expands the entries of its own rows alone: of one row
+    after the other where rows are long (prefill, training), of all tokens at once where they are short
+    (decoding). Elsewhere the linear and `mixture` run in turn. A row whose weights are all 0 gets exactly
+    what the linear alone computes in the same kernel. Gradients flow as in `mixture`, never to the linear.
 
     Args: x: [..., in_features].  weight: [out_features, in_features], bias: [out_features] or None, of x's
     dtype, fp32/bf16/fp16.  residual: as in `fused_linear`.  The others: as in `mixture`; with u given, x gets
@@ -366,7 +366,7 @@ def segment_linear(
     """
     out_features = _check_linear(x, weight, bias)
     residual = _flat_residual(residual, x, out_features)
-    if torch.compiler.is_compiling() or (chosen := dispatch.select(x, backend)) != "gpu":
+    if (chosen := dispatch.select(x, backend)) != "gpu":
         y, pool = F.linear(x, weight, bias), (A, B, start, rank, scaling)
         y = y if residual is None else y + residual.view(y.shape)
         owns = {"A_owned": A_owned, "B_owned": B_owned, "owned": owned}
@@ -383,7 +383,13 @@ def segment_linear(
         _check("u", u, (u.shape[0], num_tokens, indices.shape[1] * max_rank), FP32, device)
     flat = x.reshape(num_tokens, in_features)
     leaves, frozen = (flat, weights, A_owned, B_owned, u), (weight, bias, A, B)
-    if _needs_grad(x, weights, A_owned, B_owned, u, residual):
+    grad = _needs_grad(x, weights, A_owned, B_owned, u, residual)
+    if torch.compiler.is_compiling():
+        entries = [start, rank, scaling, indices]
+        y, _ = torch.ops.slm_fast.fused_linear(
+            *leaves, *frozen, entries, cu_seqlens, max_rank, *owned, backend or "", grad
+        )
+    elif grad:
         routing = (start, rank, scaling, indices, cu_seqlens)
         y = autograd.FusedLinearFunction.apply(*leaves, *frozen, routing, max_rank, owned, chosen)
     else:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from conftest import DEVICE, clustered_embeddings, tiny_model
 from test_fused_linear import Linear
 from test_ops import Case
+from test_segment_linear import Segments
 from torch.library import opcheck
 
 from slm_fast import dispatch, ops
@@ -40,7 +41,7 @@ def test_mixture_ops(backend, splits, lengths):
 def test_fused_linear_ops(backend, splits):
     case = Linear(in_features=20, out_features=12)
     u = torch.randn(splits, *case.x.shape[:1], len(case.A), device=DEVICE) if splits else None
-    frozen = (case.weight, case.bias, case.A, case.B, case.row_entry, case.scaling, case.cu_seqlens)
+    frozen = (case.weight, case.bias, case.A, case.B, [case.row_entry, case.scaling], case.cu_seqlens, None)
     args = (case.x, case.weights, None, None, u, *frozen, 0, 0, backend, False)
     opcheck(slm.fused_linear.default, args)
     rows = slice(*case.owned)
@@ -49,6 +50,25 @@ def test_fused_linear_ops(backend, splits):
         leaves[2] = leaves[2].detach()
         u.requires_grad_()
     opcheck(slm.fused_linear.default, (*leaves, u, *frozen, *case.owned, backend, True))
+
+
+@pytest.mark.skipif("gpu" not in BACKENDS, reason="elsewhere the linear and the mixture are two ops")
+@pytest.mark.parametrize("splits", [0, 1, 2], ids=["from_x", "given_u", "given_splits"])
+def test_segment_linear_ops(splits):
+    case = Segments((3, 0, 9), in_features=20, out_features=12)
+    max_rank = int(case.rank.max())
+    u = None
+    if splits:
+        u = torch.randn(splits, len(case.x), case.indices.shape[1] * max_rank, device=DEVICE)
+    entries = [case.start, case.rank, case.scaling, case.indices]
+    frozen = (case.weight, case.bias, case.A, case.B, entries, case.cu_seqlens, max_rank)
+    opcheck(slm.fused_linear.default, (case.x, case.weights, None, None, u, *frozen, 0, 0, "gpu", False))
+    rows = slice(*case.owned)
+    leaves = leaves_of(case.x, case.weights, case.A[rows], case.B[rows])
+    if splits:
+        leaves[2] = leaves[2].detach()
+        u.requires_grad_()
+    opcheck(slm.fused_linear.default, (*leaves, u, *frozen, *case.owned, "gpu", True))
 
 
 def leaves_of(*tensors):

@@ -261,6 +261,33 @@ def test_layers_take_it_for_long_rows_and_for_decoding(monkeypatch, dtype):
         torch.testing.assert_close(got, want, rtol=0, atol=5e-3 if half else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (12, 1, 48)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,) * 20, (2, 2, 2), (1, 0, 3, 1)], ids=str)
+def test_short_rows_gather_for_every_token(lengths, ranks, dtype, monkeypatch):
+    """More columns than a tile takes at once too; and the kernel is the one that is meant."""
+    from slm_fast.kernels import fused_linear
+
+    real, tokenwise = fused_linear._fused_linear_fwd_kernel, []
+
+    class Noting:
+        def __getitem__(self, grid):
+            return lambda **args: tokenwise.append((args["TOKENWISE"], args["EARLY"])) or real[grid](**args)
+
+    monkeypatch.setattr(fused_linear, "_fused_linear_fwd_kernel", Noting())
+    case = Segments(lengths, ranks=ranks, dtype=dtype)
+    case.verify()
+    fits = sum(lengths) <= 16 and max(ranks) == 8 and dtype != torch.float32  # 16 columns of 16 tokens
+    assert (True, fits) in tokenwise
+    frozen = case.forward(weights=torch.zeros_like(case.weights))
+    without = slice(case.bounds[1], case.bounds[2])
+    assert torch.equal(case.forward()[without], frozen[without])
+    indices = case.indices.clone()
+    indices[0, 0] = 1000  # of no entry
+    wrong = case.forward(indices=indices)
+    assert wrong[: lengths[0]].isnan().all() and not wrong[lengths[0] :].isnan().any()
+
+
 def test_decoding_plans_never_shrink_inline():
     """The inline shrink is a resident pool's: its plan rows must not reach gathered entries."""
     Segments(lengths=(1, 1, 1), ranks=(8, 3, 12), dtype=torch.float16).verify()
