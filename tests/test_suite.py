@@ -359,6 +359,38 @@ def test_the_small_cases_run_under_pytest():
     assert " passed" in done.stdout
 
 
+SMALL = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=500
+)
+
+
+def test_cases_of_a_model_on_a_gpu_are_right(monkeypatch):
+    """On the CPU, without graphs; each verifies its contenders before it is returned."""
+    from suite import gpu_model
+    from suite.cases import Effort, measure
+
+    base, effort = gpu_model.make_base("cpu", **SMALL), Effort(2, 2, 0.0)
+    decode, prefill = gpu_model.decode_case(base, 3, graph=False), gpu_model.prefill_case(base, 3, 20)
+    names = {"frozen", "off", "on", "peft", "dense"}
+    assert set(measure(prefill, effort)["contenders"]) == names
+    found = measure(decode, effort)["contenders"]
+    assert set(found) == names | {"frozen eager", "on eager"} and all("seconds" in f for f in found.values())
+    step = {c.name: c.run for c in decode.contenders}["on"]
+    assert torch.equal(step(0), step(0))  # at the same place, not one token further
+    found = measure(gpu_model.step_case("cpu", 4, 32, **SMALL), effort)["contenders"]
+    assert set(found) == {"frozen", "engine", "peft", "dense"}
+    real = gpu_model.forwards
+
+    def others(base, model, routing):
+        return real(base, model, routing) | {
+            "on": gpu_model.common.engine_forward(model, routing.rows([1, 2, 0]))
+        }
+
+    monkeypatch.setattr(gpu_model, "forwards", others)
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        gpu_model.decode_case(base, 3, graph=False)
+
+
 def test_a_mixture_as_one_adapter_a_row():
     from suite import mixture, peers
 
