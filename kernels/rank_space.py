@@ -287,8 +287,8 @@ def routing_arguments(routing, num_tokens, *, max_rank, block, num_columns=None)
 
 
 def splits_at_once(num_splits: int, tokens: int, columns: int, num_warps: int) -> int:
-    """AT_ONCE of `sum_splits`: at most 8, in at most 64 registers of a thread."""
-    fits = min(64 * 32 * num_warps // (tokens * columns), 8)
+    """AT_ONCE of `sum_splits`: at most 8, in at most 32 registers of a thread."""
+    fits = min(32 * 32 * num_warps // (tokens * columns), 8)
     return max(min(fits, triton.next_power_of_2(max(num_splits, 1))), 1)
 
 
