@@ -630,7 +630,7 @@ def fused_linear_fwd(
         u = _rank_space(x, A, routing, max_rank, plan, splits=splits, pdl=pdl)
         settings["pdl"] = pdl
     else:
-        settings["ahead"] = plan.get("ahead")
+        settings["ahead"] = _ahead(plan)
     y = _fused_linear(x, weight, bias, u, A, [B], routing, **settings)
     return y, (u[0] if u.shape[0] == 1 else u.sum(0)) if save_u else None
 
@@ -640,8 +640,13 @@ def stacked_linear_fwd(x, weight, bias, B, routing, u, *, plan, max_rank=None):
 
     B: of each, a slab or the number of features.  u: [slabs, splits, T, C].  routing: as above.
     """
-    settings = {"max_rank": max_rank, "tiles": plan["linear"], "ahead": plan.get("ahead")}
+    settings = {"max_rank": max_rank, "tiles": plan["linear"], "ahead": _ahead(plan)}
     return _fused_linear(x, weight, bias, u.flatten(0, 1), None, B, routing, **settings)
+
+
+def _ahead(plan):
+    """Lines of each weight row to ask for before the launch in front has ended; None: wait for its end."""
+    return plan.get("ahead") if plan["pdl"] else None
 
 
 def _rank_space(x, A, routing, max_rank, plan, *, splits=1, pdl):

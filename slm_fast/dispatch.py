@@ -270,7 +270,7 @@ def find_plan(
     tokens = min(x.shape[0], SHORT_BATCH) if x.shape[0] <= SHORT_ROW * num_rows else x.shape[0]
     sizes = (tokens, columns, in_features, out_features)
     found = plan.find(_architecture(str(x.device)), op, phase, x.dtype == torch.float32, *sizes)
-    return found if x.is_cuda else found | {"pdl": False, "ahead": None}
+    return found if x.is_cuda else found | {"pdl": False}
 
 
 def linear_op(x: Tensor, num_rows: int, columns: int, in_features: int, out_features: int) -> str:

@@ -165,7 +165,8 @@ class Case:
         inputs, A = self.on_device(*self.inputs), self.on_device(*self.A)
         h, u = self.op(inputs, A, None, "gpu")
         splits = dispatch.shrink_splits(op, "gpu", inputs[0], u.shape[-1])
-        assert splits > 1 and u.shape[-3] == splits
+        few = h.shape[0] <= 16  # tokens: what a compiler is told; a plan for more may have other splits
+        assert splits > 1 and (u.shape[-3] == splits if few else u.shape[-3] > 1)
         assert_close(h, want[0], same[0], self.dtype)
         assert_close(u.sum(-3, keepdim=True), want[1], same[1], self.dtype)
 
@@ -411,15 +412,15 @@ def test_reference_backward(resident):
 @pytest.mark.parametrize("resident", [False, True], ids=["gather", "resident"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_public_op(dtype, resident, linears):
-    Case((3, 0, 5, 9), (8, 3, 8), linears=linears, resident=resident, dtype=dtype).verify_public(
-        "norm_shrink"
-    )
+    case = Case((3, 0, 5, 9), (8, 3, 8), linears=linears, resident=resident, dtype=dtype, in_features=1040)
+    case.verify_public("norm_shrink")
 
 
 @pytest.mark.parametrize("factor_dtype", DTYPES, ids=name_of)
 def test_public_op_with_factors_of_another_dtype(factor_dtype):
     dtype = DTYPES[1 - DTYPES.index(factor_dtype)]
-    Case((3, 3), (3, 8), dtype=dtype, factor_dtype=factor_dtype).verify_public("norm_shrink")
+    case = Case((3, 3), (3, 8), dtype=dtype, factor_dtype=factor_dtype, in_features=1040)
+    case.verify_public("norm_shrink")
 
 
 def check_gradients_on_demand(case, backend):
