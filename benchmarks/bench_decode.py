@@ -58,7 +58,7 @@ def verified(base: torch.nn.Module, kind: str, entries: int, rows: int) -> tuple
 def measure(base: torch.nn.Module, kind: str, entries: int, rows: int, rounds: int, bandwidth: float) -> dict:
     model, routing, decoders = verified(base, kind, entries, rows)
     record = common.summary(interleaved(decoders, rounds), rows)
-    features = sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
+    features = common.factor_features(model)
     added_bytes = common.distinct_entries(routing) * RANK * features * 2
     floor = 1e5 * added_bytes / bandwidth / record["milliseconds"]["off"]
     return {"targets": kind, "entries": entries, "rows": rows, **record, "floor_percent": floor}

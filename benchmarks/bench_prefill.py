@@ -19,7 +19,7 @@ from torch import nn
 
 def operations_share(base: nn.Module, model, tokens: int) -> float:
     """Multiply-adds of the mixture over the frozen model's: its linears and its causal attention."""
-    mixture = sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors) * TOP_K * RANK
+    mixture = common.factor_features(model) * TOP_K * RANK
     head = base.get_output_embeddings()
     linears = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
     config = base.config

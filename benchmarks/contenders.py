@@ -126,24 +126,32 @@ def sharing(base: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
-def make_contenders(base: torch.nn.Module, targets, entries: int, rows: int) -> tuple:
-    """(model, routing, {name: forward}); `dense` and `merged` answer row 0."""
-    model = make_engine(copy.deepcopy(base), targets, entries)
-    routing = make_routing(model, rows)
+def forwards(base: torch.nn.Module, model: SLMModel, targets, routing: Routing) -> dict[str, Callable]:
+    """Of the contenders that share the base's weights, and the engine's; `dense` answers row 0."""
     peft_model = make_peft(sharing(base), model, targets, routing)
-    names = [f"r{row}" for row in range(rows)]
-    merged = make_peft(copy.deepcopy(base), model, targets, routing.rows([0])).merge_and_unload()
+    names = [f"r{row}" for row in range(routing.num_rows)]
     dense = sharing(base)
     add_dense_offsets(dense, model, routing)
-    forwards = {
+    return {
         "frozen": base,
         "off": engine_forward(model, None),
         "on": engine_forward(model, routing),
         "peft": lambda **inputs: peft_model(**inputs, adapter_names=names),
-        "merged": merged,
         "dense": dense,
     }
-    return model, routing, forwards
+
+
+def make_contenders(base: torch.nn.Module, targets, entries: int, rows: int) -> tuple:
+    """(model, routing, {name: forward}); `dense` and `merged` answer row 0."""
+    model = make_engine(copy.deepcopy(base), targets, entries)
+    routing = make_routing(model, rows)
+    merged = make_peft(copy.deepcopy(base), model, targets, routing.rows([0])).merge_and_unload()
+    return model, routing, forwards(base, model, targets, routing) | {"merged": merged}
+
+
+def factor_features(model: SLMModel) -> int:
+    """Of all linears of the pool, in and out: the numbers of a slab row."""
+    return sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
 
 
 def exact_forward(model: SLMModel, routing: Routing | None) -> Callable:

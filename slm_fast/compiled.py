@@ -251,7 +251,7 @@ def fused_linear(
 
 
 def _num_columns(A: Tensor, entries: list[Tensor], max_rank: int | None) -> int:
-    return A.shape[0] if max_rank is None else entries[3].shape[1] * max_rank
+    return dispatch.num_columns(A, None if max_rank is None else entries, max_rank)
 
 
 @fused_linear.register_fake
@@ -313,11 +313,10 @@ def _fused_linear_gradients(ctx, dy, _):
     needs_x, needs_w, needs_A, needs_B, needs_u = ctx.needs_input_grad[:5]
     given_u = ctx.u_shape is not None
     needs = [needs_x, needs_A and not given_u, needs_B, needs_w, needs_u]
-    *tensors, entries = *ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    tensors, entries = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
     grads = fused_linear_backward(dy, *tensors, entries, *ctx.settings, needs, given_u)
-    entry_grads = [None] * len(entries)
     leaves = autograd.leaf_grads(grads, needs, ctx.grad_dtypes, ctx.u_shape)
-    return (*leaves, *(None,) * 4, entry_grads, *(None,) * 6)
+    return (*leaves, *(None,) * 4, [None] * len(entries), *(None,) * 6)
 
 
 fused_linear.register_autograd(_fused_linear_gradients, setup_context=_fused_linear_context)

@@ -379,14 +379,14 @@ def test_cases_of_a_model_on_a_gpu_are_right(monkeypatch):
     assert torch.equal(step(0), step(0))  # at the same place, not one token further
     found = measure(gpu_model.step_case("cpu", 4, 32, **SMALL), effort)["contenders"]
     assert set(found) == {"frozen", "engine", "peft", "dense"}
-    real = gpu_model.forwards
+    real = gpu_model.common.forwards
 
-    def others(base, model, routing):
-        return real(base, model, routing) | {
+    def others(base, model, targets, routing):
+        return real(base, model, targets, routing) | {
             "on": gpu_model.common.engine_forward(model, routing.rows([1, 2, 0]))
         }
 
-    monkeypatch.setattr(gpu_model, "forwards", others)
+    monkeypatch.setattr(gpu_model.common, "forwards", others)
     with pytest.raises(SystemExit, match="nothing is timed"):
         gpu_model.decode_case(base, 3, graph=False)
 

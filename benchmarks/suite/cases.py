@@ -66,6 +66,14 @@ class Case:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
+def contenders_of(calls: dict[str, Callable], rows: int = 1) -> list[Contender]:
+    """Of calls without arguments; `dense` answers one of the `rows`."""
+    return [
+        Contender(name, lambda _, call=call: call(), scale=rows if name == "dense" else 1.0)
+        for name, call in calls.items()
+    ]
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long a case is measured: at least `least` rounds, then until `seconds` have gone or `most` are

@@ -20,7 +20,7 @@ from contenders import RANK, TARGETS, TOP_K
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from suite.cases import Case, Contender
+from suite.cases import Case, contenders_of
 
 PROMPT, CONTEXT, ENTRIES = 128, 256, 12  # tokens; tokens of the cache; of the pool
 SHAPE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
@@ -79,42 +79,16 @@ def exact(model, routing, call: Callable[[Callable], Tensor]) -> list[Tensor]:
     return [call(common.engine_forward(twin, chosen)).float().clone() for chosen in (routing, None)]
 
 
-def forwards(base: nn.Module, model, routing) -> dict[str, Callable]:
-    """Of the contenders that have a graph, and PEFT; `dense` answers row 0."""
-    adapted = common.make_peft(common.sharing(base), model, TARGETS["all"], routing)
-    names = [f"r{row}" for row in range(routing.num_rows)]
-    dense = common.sharing(base)
-    common.add_dense_offsets(dense, model, routing)
-    return {
-        "frozen": base,
-        "off": common.engine_forward(model, None),
-        OURS: common.engine_forward(model, routing),
-        "peft": lambda **inputs: adapted(**inputs, adapter_names=names),
-        "dense": dense,
-    }
-
-
 def linears(base: nn.Module) -> int:
     """Weights of all linears, the head's too."""
     return sum(module.weight.numel() for module in base.modules() if isinstance(module, nn.Linear))
-
-
-def features(model) -> int:
-    return sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
-
-
-def contenders_of(calls: dict[str, Callable], rows: int) -> list[Contender]:
-    scale = {"dense": rows}
-    return [
-        Contender(name, lambda _, call=call: call(), scale=scale.get(name, 1)) for name, call in calls.items()
-    ]
 
 
 def decode_case(base: nn.Module, rows: int, graph: bool = True) -> Case:
     model, routing = make_engine(base, rows)
     prompt = common.make_prompt(base.config.vocab_size, rows, PROMPT).to(base.device)
     wanted = exact(model, routing, lambda forward: Step(forward, base.config, prompt, False)())
-    found = forwards(base, model, routing)
+    found = common.forwards(base, model, TARGETS["all"], routing)
     found |= {name + EAGER: found[name] for name in ("frozen", OURS)}
     calls = {}
     for name, forward in found.items():
@@ -124,7 +98,7 @@ def decode_case(base: nn.Module, rows: int, graph: bool = True) -> Case:
     distinct = common.distinct_entries(routing)
     axes = {"kind": "decode", "model": NAME, "rows": rows, "entries": ENTRIES, "distinct": distinct}
     axes |= {"dtype": "bfloat16", "context": PROMPT}
-    itemsize, added = base.dtype.itemsize, RANK * features(model)
+    itemsize, added = base.dtype.itemsize, RANK * common.factor_features(model)
     size = itemsize * (linears(base) + distinct * added)
     operations = 2 * rows * (linears(base) + TOP_K * added)
     name = f"decode, {NAME}, {rows} rows"
@@ -141,7 +115,7 @@ def prefill_case(base: nn.Module, rows: int, tokens: int) -> Case:
         return forward(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1]
 
     wanted = exact(model, routing, call)
-    found = forwards(base, model, routing)
+    found = common.forwards(base, model, TARGETS["all"], routing)
     calls = {
         name: lambda forward=forward, ids=prompt[:1] if name == "dense" else prompt: call(forward, ids)
         for name, forward in found.items()
@@ -149,10 +123,12 @@ def prefill_case(base: nn.Module, rows: int, tokens: int) -> Case:
     common.verify({name: call().float() for name, call in calls.items()}, *wanted)
     head = base.get_output_embeddings().weight.numel()
     attention = base.config.num_hidden_layers * base.config.hidden_size * tokens
-    each = linears(base) - head + TOP_K * RANK * features(model) + attention
+    each = linears(base) - head + TOP_K * RANK * common.factor_features(model) + attention
     axes = {"kind": "prefill", "model": NAME, "rows": rows, "tokens": tokens, "dtype": "bfloat16"}
     axes["mixture_operations"] = operations_share(base, model, tokens)
-    size = base.dtype.itemsize * (linears(base) + common.distinct_entries(routing) * RANK * features(model))
+    size = base.dtype.itemsize * (
+        linears(base) + common.distinct_entries(routing) * RANK * common.factor_features(model)
+    )
     name = f"prefill, {NAME}, {rows} x {tokens} tokens"
     operations = 2 * rows * (tokens * each + head)
     return Case("model", name, axes, contenders_of(calls, rows), OURS, size, operations)
@@ -168,7 +144,7 @@ def step_case(device: str, rows: int, tokens: int, **shape) -> Case:
     axes = {"kind": "step", "model": NAME, "layers": base.config.num_hidden_layers, "dtype": "bfloat16"}
     axes |= {"rows": rows, "tokens": tokens, "targets": "all", "checkpointing": "off"}
     name = f"training step, {NAME} wide, {rows} x {tokens} tokens"
-    return Case("model", name, axes, contenders_of(steps, 1), "engine")
+    return Case("model", name, axes, contenders_of(steps), "engine")
 
 
 def cases(quick: bool, device: str) -> Iterator[Case]:

@@ -6,7 +6,7 @@ every row its own mixture; in full mode also two layers of LLaMA-2-7B's shape.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import bench_decode
 import bench_memory
@@ -18,7 +18,7 @@ from contenders import ENTRIES, RANK, TARGETS, TOP_K
 from torch import nn
 
 from suite import gpu_model
-from suite.cases import Case, Contender, Effort, measure, measured, target
+from suite.cases import Case, Effort, contenders_of, measure, measured, target
 from suite.machine import dtype_name, natural_dtype
 
 OURS = "on"
@@ -32,17 +32,6 @@ def read_bytes(base: nn.Module, added: int) -> int:
     return weights + added
 
 
-def factor_features(model) -> int:
-    return sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
-
-
-def contenders_of(calls: dict[str, Callable], rows: int) -> list[Contender]:
-    return [
-        Contender(name, lambda _, call=call: call(), scale=rows if name == "dense" else 1.0)
-        for name, call in calls.items()
-    ]
-
-
 def decode_case(name: str, base: nn.Module, rows: int) -> Case:
     """In bf16. Where the CPU does not multiply bf16, the frozen model in fp32 takes part too."""
     model, routing, decoders = bench_decode.verified(base, "all", ENTRIES[name], rows)
@@ -50,7 +39,7 @@ def decode_case(name: str, base: nn.Module, rows: int) -> Case:
         exact = copy.deepcopy(base).to(torch.float32)
         decoders["frozen fp32"] = bench_decode.Decoder(exact, rows, base.config.vocab_size)
         decoders["frozen fp32"].read_prompt()
-    distinct, features = common.distinct_entries(routing), factor_features(model)
+    distinct, features = common.distinct_entries(routing), common.factor_features(model)
     size = read_bytes(base, distinct * RANK * features * 2)
     weights = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear))
     operations = 2 * rows * (weights + TOP_K * RANK * features)
@@ -66,12 +55,12 @@ def prefill_case(name: str, base: nn.Module, rows: int, tokens: int) -> Case:
     model, routing, calls = bench_prefill.verified(base, "all", ENTRIES[name], rows, tokens)
     head = base.get_output_embeddings()
     linears = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
-    mixture = TOP_K * RANK * factor_features(model)
+    mixture = TOP_K * RANK * common.factor_features(model)
     attention = base.config.num_hidden_layers * base.config.hidden_size * tokens
     operations = 2 * rows * (tokens * (linears + mixture + attention) + head.weight.numel())
     axes = {"kind": "prefill", "model": name, "rows": rows, "tokens": tokens}
     axes["dtype"] = dtype_name(base.dtype)
-    entries = common.distinct_entries(routing) * RANK * factor_features(model)
+    entries = common.distinct_entries(routing) * RANK * common.factor_features(model)
     size = read_bytes(base, entries * base.dtype.itemsize)
     case_name = f"prefill, {name}, {rows} x {tokens} tokens"
     return Case("model", case_name, axes, contenders_of(calls, rows), OURS, size, operations)
@@ -85,8 +74,8 @@ def step_case(name: str, rows: int, tokens: int, contenders: tuple[str, ...]) ->
     bench_training.verify(base, targets, ids[:4, :32], False)
     steps = {key: bench_training.make_step(key, base, targets, ids, False) for key in contenders}
     axes = {"kind": "step", "rows": rows, "tokens": tokens} | setting
-    runs = [Contender(key, lambda _, step=step: step()) for key, step in steps.items()]
-    return Case("model", f"training step, {name}, {rows} x {tokens} tokens", axes, runs, "engine")
+    case_name = f"training step, {name}, {rows} x {tokens} tokens"
+    return Case("model", case_name, axes, contenders_of(steps), "engine")
 
 
 def memory_record(name: str, rows: int, rounds: int, repeats: int) -> dict:
