@@ -3,8 +3,9 @@
     python benchmarks/bench_continual.py [PROTOCOL ...] [--output RUNS] [--data FOLDER] [--json FILE]
 
 PROTOCOL: see `PROTOCOLS`; without one, all of them. Runs are kept in RUNS, where a finished one is only read
-and an interrupted one continued; what was trained once is shared. "python benchmarks/bench_continual.py
---results benchmarks/results/continual.json" prints a result again. The last line is JSON.
+and an interrupted one continued; what was trained once is shared. A FILE of the same machine and versions
+keeps its other protocols. "python benchmarks/bench_continual.py --results
+benchmarks/results/continual.json" prints a result again. The last line is JSON.
 """
 
 import argparse
@@ -22,7 +23,8 @@ LABELLED = "ag,yelp,amazon,dbpedia,yahoo,sst2,mnli,rte,cb,qqp,wic,copa,boolq,imd
 LABELLED += "clinc150,banking77,trec6,hwu64"  # the data sets whose answers are labels
 PROTOCOLS = {
     "bert5": ["--benchmark", "bert5", "--order", "all", "--methods", "slm,oracle,joint"],
-    "bert5_twin": ["--benchmark", "bert5", "--order", "all", "--init", "twin", "--methods", "slm,oracle"],
+    "bert5_shared": ["--benchmark", "bert5", "--order", "all", "--twin-share", "0.3333"]
+    + ["--methods", "slm,oracle"],
     "bert5_batch": ["--benchmark", "bert5", "--methods", "slm,oracle,batch", "--evaluate", "last"],
     "seq15": ["--benchmark", "seq15", "--methods", "slm,oracle", "--evaluate", "last"],
     "labels19": ["--benchmark", "all25", "--tasks", LABELLED, *MINILM]
@@ -95,11 +97,11 @@ def targets(runs: dict[str, list[dict]]) -> list[dict]:
 
     joint = average(runs.get("bert5", []), "joint")
     batch = average(runs.get("bert5_batch", []), "batch")
-    for name in ("bert5", "bert5_twin"):
+    for name in ("bert5", "bert5_shared"):
         if not (bert5 := runs.get(name)):
             continue
         slm, orders = average(bert5, "slm"), f"{name}, {len(bert5)} runs"
-        if batch is not None and name == "bert5":  # on the same weights
+        if batch is not None:  # on the same weights
             check(f"{orders}: average, against the paper's retrieval by batches", slm, ">=", batch)
         if joint is not None:
             check(f"{orders}: average, against joint LoRA - 1", slm, ">=", joint - 0.01)
@@ -137,6 +139,16 @@ def show(results: dict[str, list[dict]]) -> list[dict]:
     return rows
 
 
+def earlier(path: Path) -> dict:
+    """The result of a file, of this machine and these versions, or an empty one where there is no file."""
+    if not path.is_file():
+        return {"runs": {}, "commands": {}}
+    found = json.loads(path.read_text(encoding="utf8"))
+    if found["machine"] != machine():
+        raise SystemExit(f"{path} is a result of another machine, or of other versions: choose a new file")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("protocols", nargs="*", help=", ".join(PROTOCOLS))
@@ -150,6 +162,8 @@ def main() -> None:
     if args.results:
         show(json.loads(args.results.read_text(encoding="utf8"))["runs"])
         return
+    if args.json:
+        earlier(args.json)  # rather now than after hours
     began = time.perf_counter()
     names = args.protocols or list(PROTOCOLS)
     runs = {name: [trimmed(found) for found in run(name, args.output, args.data)] for name in names}
@@ -157,7 +171,11 @@ def main() -> None:
     commands = {name: "slm-fast learn " + " ".join(PROTOCOLS[name]) for name in names}
     seconds = round(time.perf_counter() - began)
     if args.json:
-        result = {"machine": machine(), "commands": commands, "targets": rows, "runs": runs}
+        kept = earlier(args.json)
+        runs, commands = kept["runs"] | runs, kept["commands"] | commands
+        order = [name for name in PROTOCOLS if name in runs]
+        result = {"machine": machine(), "commands": {name: commands[name] for name in order}}
+        result |= {"targets": targets(runs), "runs": {name: runs[name] for name in order}}
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     print(json.dumps({"seconds": seconds, "targets": rows}))
 

@@ -85,8 +85,7 @@ def five_tasks() -> str:
     tasks = runs["bert5"][0]["tasks"]
     told = "slm_fast, told the task"
     methods = [
-        ('slm_fast, no task id, `init="twin"`', "bert5_twin", "slm"),
-        (f'{told}, `init="twin"`', "bert5_twin", "oracle"),
+        ("slm_fast, no task id, `twin_share=1/3`", "bert5_shared", "slm"),
         ("slm_fast, no task id", "bert5", "slm"),
         (told, "bert5", "oracle"),
         (

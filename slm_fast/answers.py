@@ -79,11 +79,23 @@ def text_features(model, tokenizer, texts: list[str], max_length: int) -> Tensor
 
 def _labels(model, tokenizer, part: list[Prediction], max_length: int) -> list[str]:
     features = text_features(model, tokenizer, [result.text for result in part], max_length)
-    answers = []
-    for row, result in zip(features, part, strict=True):
-        label = int(model.pool.head(result.task)(row).argmax())
-        answers.append(model.pool.task(result.task).labels[label])
-    return answers
+    return [
+        model.pool.task(result.task).labels[int(head_logits(model.pool, row, result).argmax())]
+        for row, result in zip(features, part, strict=True)
+    ]
+
+
+def head_logits(pool, features: Tensor, result: Prediction) -> Tensor:
+    """The logits of a row's heads, those of its task's labels, by their shares of the row's weight.
+
+    features: [H].  Returns [number of labels] fp32.
+    """
+    labels = pool.task(result.task).labels
+    alike = {name: m for name, m in result.mass.items() if m > 0 and pool.task(name).labels == labels}
+    if len(alike) < 2:
+        return pool.head(result.task)(features)
+    total = sum(alike.values())
+    return sum(mass / total * pool.head(name)(features) for name, mass in alike.items())
 
 
 def _texts(model, tokenizer, part: list[Prediction], max_length: int, max_new_tokens: int) -> list[str]:

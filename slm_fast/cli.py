@@ -118,6 +118,7 @@ def _config(args) -> SLMConfig:
         head_init=args.head_init,
         top_k=args.top_k,
         entries_per_task=args.entries,
+        twin_share=args.twin_share,
         min_similarity=args.min_similarity,
         temperature=args.temperature,
         encoder_name_or_path=args.encoder,
@@ -389,6 +390,12 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--keys", choices=KEY_METHODS, default="group_avg")
     learn.add_argument("--init", choices=INITS, default="zero", help="where a new task's entries start")
     learn.add_argument("--head-init", choices=HEAD_INITS, default="probe", help="where its head starts")
+    learn.add_argument(
+        "--twin-share",
+        type=float,
+        default=0.0,
+        help="share of a row's weight that its task hands on to near-duplicates with the same labels",
+    )
     learn.add_argument(
         "--min-similarity",
         type=_number_or_word,

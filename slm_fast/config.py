@@ -62,6 +62,9 @@ class SLMConfig:
             with averaged keys, which differ by noise alone, and "softmax" with others.
         temperature: of the softmax, in units of the score. None lets the metric choose; "auto" (whitened,
             "task") fits it when a task is learnt, on a part of its texts held out against the tasks known.
+        twin_share: whitened: the share of a row's weight that its best task hands on to its near-duplicates,
+            tasks with the same labels of which each could hold the other's texts, in equal parts; their heads
+            answer in these shares too. 0 hands on nothing. Rows whose task is told keep to it.
         min_similarity: rows whose best score is lower use the frozen model. whitened: nats by which the key
             must explain the query better than the mean of all tasks does; grouped_cosine: a cosine. "auto"
             (whitened): rows that lie farther from the best entry's task than a share `coverage` of the task's
@@ -91,6 +94,7 @@ class SLMConfig:
     query_layers: list[int] | str = "auto"
     weighting: str | None = None
     temperature: float | str | None = None
+    twin_share: float = 0.0
     min_similarity: float | str | None = None
     coverage: float = 0.99
     statistics_rank: int = 512
@@ -134,6 +138,13 @@ class SLMConfig:
                 )
         elif floor is not None and not math.isfinite(floor):
             raise ValueError(f"min_similarity must be finite, got {floor!r}")
+        if not 0 <= self.twin_share < 1:
+            raise ValueError(f"twin_share must be in [0, 1), got {self.twin_share!r}")
+        if self.twin_share and (self.metric, self.mixing) != ("whitened", "instance"):
+            raise ValueError(
+                f'twin_share needs metric="whitened" and mixing="instance", got {self.metric!r} and '
+                f"{self.mixing!r}"
+            )
         if not math.isfinite(self.scaling):
             raise ValueError(f"scaling must be finite, got {self.scaling!r}")
         if not 0 < self.coverage <= 1:

@@ -15,6 +15,7 @@ from slm_fast.keys import METRIC_CLASSES, TEMPERATURES, learn_keys
 from slm_fast.reference import KeyCodes
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
+from slm_fast.twins import share_with_twins, twins
 
 CODED_SLOTS = 64  # from which on a search on the CPU gains by codes of the keys
 SLOT_BUFFERS = ("start", "rank", "scaling", "active", "slot_version", "factors_version", "slot_task", "keys")
@@ -85,6 +86,9 @@ class KnowledgePool(nn.Module):
         self.metric: nn.Module | None = None
         self._faiss: FaissIndex | None = None  # dropped whenever what is searched changes
         self._codes: KeyCodes | None = None  # of index_keys, made by the first search on the CPU
+        self._twins: dict[
+            str | None, list[str] | int
+        ] = {}  # of the tasks that were asked for; None: the version
         if query_dim is not None:
             self._set_query_dim(query_dim)
 
@@ -117,6 +121,17 @@ class KnowledgePool(nn.Module):
     def tasks_of_slots(self) -> dict[int, str]:
         """{slot: name of its task} of all entries."""
         return {slot: info.name for info in self.tasks.values() for slot in info.slots}
+
+    def task_of_slot(self, slot: int) -> str:
+        return self.names[slot].rpartition(".")[0]
+
+    def twins(self, name: str) -> list[str]:
+        """The near-duplicates of a task: see `twins.twins`. Found once for a version of the pool."""
+        if self._twins.get(None) != self.version:
+            self._twins = {None: self.version}
+        if name not in self._twins:
+            self._twins[name] = twins(self, name)
+        return self._twins[name]
 
     def rows_of(self, slots: list[int]) -> slice:
         """The slab rows of entries that lie side by side, as a task's do."""
@@ -504,16 +519,24 @@ class KnowledgePool(nn.Module):
             outside = self._outside(query, routing) & ~torch.tensor(told, dtype=torch.bool)
             weights = routing.weights.masked_fill(outside.to(query.device)[:, None], 0.0)
             routing = routing._replace(weights=weights)
+        if config.twin_share and not isinstance(tasks, str):
+            free = torch.tensor([True] * len(query) if tasks is None else [task is None for task in tasks])
+            routing = share_with_twins(self, query, routing, free)
         return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
 
     def search_for_training(self, query: Tensor, name: str) -> Routing:
         """Route a task's own queries [B, D] among its entries, as if the pool had no other task and no floor:
         what is learnt with it depends on the task alone."""
         self._check_queries(query, "query")
+        return self.search_among(query, name, self.metric.only([name]))
+
+    def search_among(self, query: Tensor, name: str, metric: nn.Module | None = None) -> Routing:
+        """Route queries [B, D] among the entries of a task, without a floor; by another metric, if given."""
         slots = torch.tensor(self.task(name).slots, device=self.keys.device)
-        metric = self.metric.only([name])
-        features, options = self._how_to_search(query.to(self.keys), metric)
-        keys, bias = metric.index(self.keys[slots])
+        features, options = self._how_to_search(query.to(self.keys), metric or self.metric)
+        keys, bias = (
+            metric.index(self.keys[slots]) if metric else (self.index_keys[slots], self.index_bias[slots])
+        )
         mask = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
         found = ops.key_search(features, keys, bias, mask, **options, backend=self.backend)
         routing = Routing.make(*found, self.version)
@@ -550,7 +573,7 @@ class KnowledgePool(nn.Module):
         numbers = self.slot_task[best]
         for number in numbers.unique().tolist():
             members = (numbers == number).nonzero().flatten().cpu()
-            name = self.names[int(best[members[0]])].rpartition(".")[0]
+            name = self.task_of_slot(int(best[members[0]]))
             if module_key(name) in self.metric.tasks:
                 statistics = self.metric.tasks[module_key(name)]
                 outside[members] = statistics.is_outside(

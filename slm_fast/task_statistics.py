@@ -41,6 +41,13 @@ class Gaussian(NamedTuple):
         off = query - self.mean
         return (off.square() / self.variance).sum(1) - (off @ self.whitener.T).square().sum(1)
 
+    def mean_distance(self, mean: Tensor, V: Tensor, rest: Tensor) -> float:
+        """The mean of `distance` over points with a mean and a covariance V^T V + diag(rest)."""
+        total = rest + V.square().sum(0)
+        within = (total / self.variance).sum() - (self.whitener @ V.T).square().sum()
+        within = within - (self.whitener.square() * rest).sum()
+        return float(within + self.distance(mean[None])[0])
+
 
 def leading(centred: Tensor, rank: int) -> Tensor:
     """[k, D]: the leading right singular vectors of `centred` [N, D] times their singular values, k at most
@@ -123,11 +130,27 @@ class TaskStatistics(nn.Module):
         query = query.cpu()
         if not len(self.quantiles):
             return torch.zeros(len(query), dtype=torch.bool)
+        return self.own().distance(query) > self.quantiles.quantile(coverage)
+
+    def holds(self, other: "TaskStatistics", coverage: float) -> bool:
+        """Whether the other task's texts lie, in the mean, no farther away than a share `coverage` of the
+        task's own."""
+        if not len(self.quantiles):
+            return False
+        distance = self.own().mean_distance(*other.moments())
+        return distance <= float(self.quantiles.quantile(coverage))
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean [D], and V [k, D] and rest [D] of the covariance V^T V + diag(rest); fp32."""
+        degrees = max(int(self.count) - 1, 1)
+        return self.mean.float(), self.V.float() / degrees**0.5, self.rest / degrees
+
+    def own(self) -> Gaussian:
+        """The task's Gaussian, made once."""
         if self._own is None:
-            degrees, V = max(int(self.count) - 1, 1), self.V.float()
-            total = (self.rest + V.square().sum(0)) / degrees
-            self._own = Gaussian.of(self.mean.float(), V[:DIRECTIONS] / degrees**0.5, total)
-        return self._own.distance(query) > self.quantiles.quantile(coverage)
+            mean, V, rest = self.moments()
+            self._own = Gaussian.of(mean, V[:DIRECTIONS], rest + V.square().sum(0))
+        return self._own
 
     def _apply(self, fn, recurse=True):
         return self

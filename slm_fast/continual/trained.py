@@ -11,7 +11,7 @@ from slm_fast.storage import base_fingerprint, load_pool, read_index, save_pool
 COST_NAME = "cost.json"
 NO_MATTER = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps")
 NO_MATTER += ("save_steps", "save_total_limit")  # of the training arguments
-OF_RETRIEVAL = ("min_similarity", "coverage", "faiss_above")  # of the config
+OF_RETRIEVAL = ("twin_share", "min_similarity", "coverage", "faiss_above")  # of the config
 
 
 class TrainedTasks:

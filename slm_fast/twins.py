@@ -1,0 +1,77 @@
+"""Near-duplicate tasks: which they are, and rows that share their weight with those of their task."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slm_fast.routing import Routing
+from slm_fast.task_statistics import module_key
+
+
+def twins(pool, name: str) -> list[str]:
+    """The tasks with the labels of task `name` of which each could hold the other's texts, in the order of
+    their names: in the mean those lie no farther away than a share `coverage` of a task's own. The tasks'
+    statistics say so, whatever was learnt first."""
+    labels, coverage = pool.task(name).labels, pool.config.coverage
+    known = pool.metric.tasks if pool.metric is not None and pool.metric.has_statistics else {}
+    if labels is None or module_key(name) not in known:
+        return []
+    own, found = known[module_key(name)], []
+    for other in sorted(pool.tasks):
+        if other != name and pool.tasks[other].labels == labels and module_key(other) in known:
+            its = known[module_key(other)]
+            if own.holds(its, coverage) and its.holds(own, coverage):
+                found.append(other)
+    return found
+
+
+def share_with_twins(pool, query: Tensor, routing: Routing, free: Tensor) -> Routing:
+    """The routing of queries [B, D] after the best task t of every `free` row gave a share s, the config's
+    `twin_share`, to its twins:
+
+        w'[i] = (1 - s) M v_t[i],    w'[j] = s M v_u[j] / n   for the entries j of each of the n twins u
+
+    M: the row's weight on t and its twins; v_u: the weights of a search among the entries of u alone. Other
+    entries keep their weights. Rows whose best task has no twin stay as they are, with picks of weight 0
+    behind theirs where others of the batch got more.
+    """
+    best = routing.indices[:, 0].long()
+    number = torch.where(free.to(best.device) & (routing.weights[:, 0] != 0), pool.slot_task[best], -1)
+    made: list[tuple[Tensor, Routing]] = []
+    for task in number.unique().tolist():
+        members = (number == task).nonzero().flatten()
+        name = None if task < 0 else pool.task_of_slot(int(best[members[0]]))
+        others = pool.twins(name) if name is not None else []
+        if others:
+            made.append((members, _shared(pool, query[members], routing.rows(members), [name, *others])))
+    if not made:
+        return routing
+    width = max(routing.indices.shape[1], *(part.indices.shape[1] for _, part in made))
+    indices, weights, scores = (
+        F.pad(tensor, (0, width - tensor.shape[1]), value=value)
+        for tensor, value in zip(routing[:3], (0, 0.0, -torch.inf), strict=True)
+    )
+    for members, part in made:
+        columns = part.indices.shape[1]
+        for whole, rows in ((indices, part.indices), (weights, part.weights), (scores, part.scores)):
+            whole[members, :columns] = rows
+    return routing._replace(indices=indices, weights=weights, scores=scores)
+
+
+def _shared(pool, query: Tensor, routing: Routing, names: list[str]) -> Routing:
+    """Rows with one best task, the first of the names, and its twins, the others: its entries come first."""
+    share = pool.config.twin_share
+    slots = torch.tensor([slot for name in names for slot in pool.task(name).slots])
+    inside = torch.isin(routing.indices, slots.to(routing.indices))
+    mass = torch.where(inside, routing.weights, 0.0).sum(1, keepdim=True)
+    parts = []
+    for n, name in enumerate(names):
+        found = pool.search_among(query, name)
+        part = mass * (share / (len(names) - 1) if n else 1 - share)
+        parts.append(found._replace(weights=part * found.weights))
+    parts.append(routing._replace(weights=torch.where(inside, 0.0, routing.weights)))
+    indices, weights, scores = (torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[:3])
+    order = (weights == 0).int().argsort(dim=1, stable=True)[:, : int((weights != 0).sum(1).max())]
+    return routing._replace(
+        indices=indices.gather(1, order), weights=weights.gather(1, order), scores=scores.gather(1, order)
+    )
