@@ -20,7 +20,7 @@ from slm_fast.reference import MAX_TOP_K, WEIGHTINGS
 CONFIG_NAME = "slm_config.json"
 METRICS = ("whitened", "grouped_cosine")
 KEY_METHODS = ("group_avg", "kmeans", "paper")
-INITS = ("zero", "retrieved", "twin")
+INITS = ("zero", "retrieved")
 HEAD_INITS = ("probe", "zero")
 MIXINGS = ("instance", "batch")
 POOLINGS = ("auto", "mean", "first", "last")
@@ -47,10 +47,8 @@ class SLMConfig:
         statistics_rank: whitened: directions in which a task's covariance is kept, 2 D bytes each.
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.
-        init: where new entries start: "zero" (they change nothing yet), "retrieved" (the mixture that the
-            task's texts get from the entries that are there, and the heads of tasks with the same labels) or
-            "twin" (whitened): as "retrieved", but from tasks with the same labels that could hold most of the
-            texts alone, and at zero where there is none.
+        init: where new entries start: "zero" (they change nothing yet) or "retrieved" (the mixture that the
+            task's texts get from the entries that are there, and the heads of tasks with the same labels).
         head_init: where a task's classification head starts when its training does: "probe" (a logistic
             regression on the features of as many texts as the training sees) or "zero". A head that took
             over those of other tasks (`init`) starts there.

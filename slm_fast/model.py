@@ -25,7 +25,7 @@ from slm_fast.prompts import encode_prompts
 from slm_fast.resident import ResidentPool
 from slm_fast.router import Router, rows_of
 from slm_fast.routing import Routing
-from slm_fast.starts import equal_weights, mean_weights, start_from_mixture, twins
+from slm_fast.starts import mean_weights, start_from_mixture
 from slm_fast.storage import load_pool, save_pool
 
 
@@ -108,11 +108,10 @@ class SLMModel(nn.Module):
     ) -> TaskInfo:
         """Phase 1: make a new task's keys from its texts. With `labels` the task gets a classification head.
 
-        method: "group_avg", "kmeans" or "paper".  init: "zero"; "retrieved": the entries start from the
-        mixture that the texts get without them, as near as their ranks allow; or "twin": from that of
-        near-duplicate tasks (`starts`). None takes the config's. Raises ValueError on an unknown method or
-        init, a start other than "zero" with a scaling of 0, too few texts, a taken name or non-finite
-        embeddings; nothing is changed then.
+        method: "group_avg", "kmeans" or "paper".  init: "zero"; or "retrieved": the entries start from the
+        mixture that the texts get without them, as near as their ranks allow. None takes the config's. Raises
+        ValueError on an unknown method or init, a start other than "zero" with a scaling of 0, too few texts,
+        a taken name or non-finite embeddings; nothing is changed then.
         """
         method, init = method or self.slm_config.key_method, init or self.slm_config.init
         if method not in KEY_METHODS:
@@ -127,8 +126,6 @@ class SLMModel(nn.Module):
         bar = (lambda steps: tqdm(steps, desc=f"keys of {name}", leave=False)) if progress else None
         keys = self.pool.learn_keys(query, method, seed, bar)
         weights = mean_weights(self.pool, query) if init == "retrieved" else None
-        if init == "twin":
-            weights = equal_weights(self.pool, twins(self.pool, labels, query))
         info = self.pool.add_task(
             name,
             keys,

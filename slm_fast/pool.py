@@ -86,9 +86,7 @@ class KnowledgePool(nn.Module):
         self.metric: nn.Module | None = None
         self._faiss: FaissIndex | None = None  # dropped whenever what is searched changes
         self._codes: KeyCodes | None = None  # of index_keys, made by the first search on the CPU
-        self._twins: dict[
-            str | None, list[str] | int
-        ] = {}  # of the tasks that were asked for; None: the version
+        self._twins: tuple[int, dict[str, list[str]]] = (-1, {})  # a version of the pool, and those asked for
         if query_dim is not None:
             self._set_query_dim(query_dim)
 
@@ -127,11 +125,12 @@ class KnowledgePool(nn.Module):
 
     def twins(self, name: str) -> list[str]:
         """The near-duplicates of a task: see `twins.twins`. Found once for a version of the pool."""
-        if self._twins.get(None) != self.version:
-            self._twins = {None: self.version}
-        if name not in self._twins:
-            self._twins[name] = twins(self, name)
-        return self._twins[name]
+        if self._twins[0] != self.version:
+            self._twins = (self.version, {})
+        found = self._twins[1]
+        if name not in found:
+            found[name] = twins(self, name)
+        return found[name]
 
     def rows_of(self, slots: list[int]) -> slice:
         """The slab rows of entries that lie side by side, as a task's do."""

@@ -1,4 +1,4 @@
-"""Where a new task starts: at zero, or at a mixture and a head that are there: its texts', or a twin's."""
+"""Where a new task starts: at zero, or at the mixture and the head that retrieval gives its texts."""
 
 import logging
 
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_fast.pool import KnowledgePool
-from slm_fast.task_statistics import module_key
 
 logger = logging.getLogger(__name__)
 
@@ -19,29 +18,6 @@ def mean_weights(pool: KnowledgePool, query: Tensor) -> Tensor:
         routing = pool.search(query)
         weights.index_add_(0, routing.indices.flatten().long(), routing.weights.flatten())
     return weights / len(query)
-
-
-def twins(pool: KnowledgePool, labels: list[str] | None, query: Tensor) -> list[str]:
-    """The tasks with the same labels, by name, that could hold most of the queries [N, D]: at least half of
-    them are no farther away than a share `coverage` of a task's own texts. Other tasks have no say."""
-    if labels is None or pool.metric is None or not pool.metric.has_statistics:
-        return []
-    found = []
-    for name in sorted(pool.tasks):
-        if pool.tasks[name].labels == list(labels) and (key := module_key(name)) in pool.metric.tasks:
-            inside = ~pool.metric.tasks[key].is_outside(query, pool.config.coverage)
-            if inside.float().mean() >= 0.5:
-                found.append(name)
-    return found
-
-
-def equal_weights(pool: KnowledgePool, names: list[str]) -> Tensor:
-    """Weights of every slot for a mixture of some tasks in equal parts: [slots] fp32; all 0 for none."""
-    weights = torch.zeros(len(pool.start), device=pool.start.device)
-    for name in names:
-        slots = pool.task(name).slots
-        weights[slots] = 1 / (len(names) * len(slots))
-    return weights
 
 
 def _start_head(pool: KnowledgePool, name: str, weights: Tensor) -> None:

@@ -6,7 +6,7 @@ from conftest import clustered_embeddings, tiny_model
 
 from slm_fast import SLMConfig
 from slm_fast.reference import dense_offset
-from slm_fast.starts import mean_weights, twins
+from slm_fast.starts import mean_weights
 
 # Queries between two tasks, so that entries of both take part.
 BETWEEN = (clustered_embeddings(0) + clustered_embeddings(1)) / 2
@@ -106,7 +106,7 @@ def test_zero_start_is_what_it_was(caplog):
 
 def test_refused_inits_change_nothing():
     model = tiny_model(num_tasks=1)
-    with pytest.raises(ValueError, match="init must be one of zero, retrieved, twin, got 'warm'"):
+    with pytest.raises(ValueError, match="init must be one of zero, retrieved, got 'warm'"):
         model.add_task("fresh", embeddings=BETWEEN, init="warm")
     with pytest.raises(ValueError, match="init must be one of"):
         SLMConfig(init="warm")
@@ -138,53 +138,11 @@ def test_a_head_starts_from_those_with_its_labels():
     assert not model.pool.head("others").bias.any()
 
 
-def twin_model(*tasks, family="bert"):
-    """Tasks (name, cluster, labels) with random factors and heads of their own."""
-    model = tiny_model(family, num_tasks=0)
-    generator = torch.Generator().manual_seed(3)
-    for name, cluster, labels in tasks:
-        model.add_task(name, embeddings=clustered_embeddings(cluster, 60), labels=labels, progress=False)
-        if labels is not None:
-            torch.nn.init.normal_(model.pool.head(name).weight, generator=generator)
-    for factors in model.pool.factors:
-        factors.B.copy_(0.1 * torch.randn(factors.B.shape, generator=generator))
-    return model
-
-
-def test_a_twin_has_the_labels_and_could_hold_the_texts():
-    xy, query = ["x", "y"], clustered_embeddings(1, 60)
-    model = twin_model(("far", 0, xy), ("twin", 1, xy), ("b_twin", 1, xy), ("other", 1, ["a", "b"]))
-    assert twins(model.pool, xy, query) == ["b_twin", "twin"]
-    assert twins(model.pool, ["y", "x"], query) == [] and twins(model.pool, None, query) == []
-    mixed = torch.cat([query[:20], clustered_embeddings(0, 60)[:40]])
-    assert twins(model.pool, xy, mixed) == ["far"]
-    model.remove_task("twin")
-    assert twins(model.pool, xy, query) == ["b_twin"]
-
-
-def test_a_task_starts_as_its_twin():
-    model = twin_model(("far", 0, ["x", "y"]), ("twin", 1, ["x", "y"]))
-    pool, query = model.pool, clustered_embeddings(1, 60)
-    before = [offset(pool, factors, equal_weights(pool, "twin")) for factors in pool.factors]
-    options = dict(embeddings=query, progress=False, init="twin")
-    model.add_task("new", **options, labels=["x", "y"])
-    for factors, dense in zip(pool.factors, before, strict=True):
-        got = offset(pool, factors, equal_weights(pool, "new"))
-        torch.testing.assert_close(got, dense, rtol=1e-4, atol=1e-5 * float(dense.abs().max()))
-    assert torch.equal(pool.head("new").weight, pool.head("twin").weight)
-    for name, labels in (("others", ["a", "b"]), ("text", None)):  # without a twin: zero
-        model.add_task(name, **options, labels=labels)
-        rows = pool.rows_of(pool.task(name).slots)
-        assert not any(factors.B[rows].any() for factors in pool.factors)
-
-
-@pytest.mark.parametrize("init", ["retrieved", "twin"])
-def test_a_pool_that_grows_with_the_task(init):
-    xy = ["x", "y"]
-    model = twin_model(*((f"far{t}", 2 + t, xy) for t in range(3)), ("twin", 1, xy))
+def test_a_pool_that_grows_with_the_task():
+    model = tiny_model("bert", num_tasks=4)
     pool = model.pool
     assert len(pool.start) == pool.num_entries  # the next task needs more slots
-    model.add_task("new", embeddings=clustered_embeddings(1, 60), labels=xy, init=init, progress=False)
+    model.add_task("new", embeddings=BETWEEN, init="retrieved", progress=False)
     assert len(pool.start) > 8 and pool.num_entries == 10
     rows = pool.rows_of(pool.task("new").slots)
     assert all(factors.B[rows].any() for factors in pool.factors)

@@ -119,24 +119,3 @@ def test_pools_that_were_trained_apart_come_together(folder, first):
     assert torch.equal(apart.pool.metric.cholesky(), first.model.pool.metric.cholesky())
     with pytest.raises(ValueError, match="already has a task 'colour'"):
         apart.take_tasks(first.output_dir / "slm")
-
-
-def test_with_twins_the_alike_tasks_before_count(folder):
-    def places(order, **options):
-        tasks = make_tasks(*NAMES)
-        tasks[1].labels = tasks[0].labels = ["red", "blue", "huge", "tiny", "broad"]
-        tasks = [tasks[NAMES.index(name)] for name in order]
-        made = new_runner(folder / "none", ("slm",), tasks, encoder="backbone", trained=folder / "trained")
-        for name, value in options.items():
-            setattr(made.model.slm_config, name, value)
-        method = made.methods["slm"]
-        return {task.name: made.trained._place(method, n) for n, task in enumerate(tasks)}
-
-    zero, twin = places(NAMES), places(NAMES, init="twin")
-    assert (zero["colour"], zero["mood"]) == (twin["colour"], twin["mood"]) and zero["size"] != twin["size"]
-    other = places(("mood", "colour", "size"), init="twin")
-    assert other == twin
-    turned = places(("size", "mood", "colour"), init="twin")
-    assert turned["size"] == zero["size"] and turned["colour"] not in (zero["colour"], twin["colour"])
-    assert places(NAMES, init="twin", coverage=0.5)["size"] != twin["size"]
-    assert places(NAMES, init="zero", coverage=0.5) == zero

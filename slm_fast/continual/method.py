@@ -33,7 +33,7 @@ class Method(ABC):
     told: whether answers are told the task, or whose head to use.
     needs: the method whose model it reads.  own_stages: False for one that is measured at those of `needs`.
     last_only: whether it learns all tasks at once, at the last stage.
-    independent: whether what it learns at a stage is the same whatever was learnt before, `before` apart.
+    independent: whether what it learns at a stage is the same whatever was learnt before.
     settled: whether what it has learnt never changes, so that the same mixture gives a text the same answer.
     defaults: its own settings, replaced by `options`: int from 1, float from 0.
     """
@@ -81,10 +81,6 @@ class Method(ABC):
     def learnt_at(self, stage: int) -> list[Task]:
         """The tasks whose entries a stage adds."""
         return [self.tasks[stage]]
-
-    def before(self, stage: int) -> list[Task]:
-        """The earlier tasks on which an independent method's stage may depend."""
-        return []
 
     def save(self) -> None:
         self.model.save_pretrained(self.folder)

@@ -29,13 +29,7 @@ class SLM(Method):
 
     @property
     def independent(self) -> bool:
-        return self.model.slm_config.init != "retrieved"
-
-    def before(self, stage: int) -> list[Task]:
-        """With init="twin", the earlier tasks with the stage's labels: one of them may be its twin."""
-        labels, earlier = self.tasks[stage].labels, self.tasks[:stage]
-        alike = [task for task in earlier if labels is not None and task.labels == labels]
-        return alike if self.model.slm_config.init == "twin" else []
+        return self.model.slm_config.init == "zero"
 
     @contextmanager
     def open(self) -> Iterator[None]:

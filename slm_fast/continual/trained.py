@@ -52,10 +52,8 @@ class TrainedTasks:
         if not method.independent or encoder["encoder_name_or_path"] is None:
             return None
         tasks, runner = method.learnt_at(stage), method.runner
-        before, model = self._before(method, stage), method.model
+        model = method.model
         config = model.slm_config.to_dict() | encoder
-        if not before and config["init"] == "twin":
-            config["init"] = "zero"  # without anything alike they are the same
         what = {
             "method": method.name,
             "options": method.options,
@@ -67,18 +65,8 @@ class TrainedTasks:
             "seed": runner.seed,
             "max_length": runner.max_length,
         }
-        if before:
-            what |= {"before": before, "coverage": config["coverage"]}
         digest = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
         return self.folder / f"{method.name}-{tasks[0].name if len(tasks) == 1 else len(tasks)}-{digest}"
-
-    def _before(self, method: Method, stage: int) -> list:
-        """What a stage depends on of the stages before, and those in turn."""
-        found = []
-        for task in sorted(method.before(stage), key=lambda task: task.name):
-            at = method.tasks.index(task)
-            found.append([_content(task), self._before(method, at)])
-        return found
 
 
 def _content(task: Task) -> list:
