@@ -201,6 +201,8 @@ def points(result: dict) -> Iterator[Point]:
             yield Point("mixture, prefill", record["case"], found, ours["seconds"])
         elif kind == "decode":
             for name, distinct, top_k in (("on", axes["distinct"], 2), ("off", 0, 0)):
+                if "seconds" not in record["contenders"][name]:
+                    continue
                 found = decode_features(SHAPES[axes["model"]], axes["rows"], distinct, 8, top_k, speed)
                 case = f"{record['case']}, pool {name}"
                 yield Point("decoding", case, found, record["contenders"][name]["seconds"])

@@ -116,6 +116,18 @@ def test_points_are_judged_at_the_pace_of_their_minute():
     )
 
 
+def test_a_contender_that_failed_is_no_point():
+    import scaling
+
+    result = a_result(lambda i: 1.0)
+    axes = {"kind": "decode", "model": "smol", "rows": 1, "distinct": 2}
+    record = {"section": "model", "case": "decode, smol, 1 rows", "axes": axes, "ours": "on"}
+    record["pace"] = result["results"][0]["pace"]
+    record["contenders"] = {"on": {"seconds": 0.02}, "off": {"error": "wrong"}}
+    result["results"].append(record)
+    assert [p.name for p in scaling.points(result)][20:] == ["decode, smol, 1 rows, pool on"]
+
+
 def test_what_fits_grows_with_memory_and_shrinks_with_the_model():
     import scaling
 

@@ -128,13 +128,18 @@ def ceilings(device: str) -> dict:
     }
 
 
+def _probed_bytes() -> int:
+    """That a probe reads: twice the last cache."""
+    return 2 * cache_bytes("cpu") // 4 * 4
+
+
 @functools.cache
 def probes() -> dict[str, Callable[[int], object]]:
     """Calls that tell how fast the CPU is at the moment: other users of a shared one slow everything down.
 
-    read: twice the last cache.  product: `SMALL` x `SMALL` fp32 matrices.
+    read: more than the last cache holds.  product: `SMALL` x `SMALL` fp32 matrices.
     """
-    buffer, threads = torch.ones(2 * cache_bytes("cpu") // 4), torch.get_num_threads()
+    buffer, threads = torch.ones(_probed_bytes() // 4), torch.get_num_threads()
     a, b, out = torch.randn(3, SMALL, SMALL)
     return {
         "read": lambda _: dispatch._C.read_memory([(buffer.data_ptr(), buffer.nbytes)], threads),
@@ -145,7 +150,7 @@ def probes() -> dict[str, Callable[[int], object]]:
 def pace(seconds: dict[str, float]) -> dict:
     """Speeds by the probes' seconds a call."""
     return {
-        "read_bytes_per_second": 2 * cache_bytes("cpu") / seconds["read"],
+        "read_bytes_per_second": _probed_bytes() / seconds["read"],
         "float32_operations_per_second": 2 * SMALL**3 / seconds["product"],
     }
 
