@@ -6,6 +6,7 @@ The numbers of a launch are computed here, in `plan`; the kernel and both ways t
 
 import functools
 import importlib.util
+import logging
 import math
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ try:
     from slm_fast import _C
 except ImportError as error:
     _C, _import_error = None, str(error)
+
+logger = logging.getLogger(__name__)
 
 KEY_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of slm::DType
 LANES, WARPS, TILE_KEYS = 32, 16, 4  # as in csrc/key_search_math.h
@@ -95,10 +98,11 @@ def key_search(
     """`reference.key_search` on contiguous CUDA tensors, on the current stream of the query's device.
 
     The host never waits: instead of raising, a row whose transformed query is not finite gets index 0 and NaN
-    weights and scores. CPU tensors run the kernel's emulation, for tests. CUDA tensors fall back to PyTorch
-    where the kernel is not `available`.
+    weights and scores. CPU tensors run the kernel's emulation, for tests. CUDA tensors fall back to PyTorch,
+    several times slower, where the kernel is not `available`; a warning says so once.
     """
-    if query.is_cuda and available() is not None:
+    if query.is_cuda and (missing := available()) is not None:
+        warn_of_fallback(missing)
         return _in_torch(
             query, keys, bias, mask, top_k, weighting, temperature, min_similarity, num_groups, shift
         )
@@ -152,6 +156,11 @@ def key_search(
         else:
             _launch_with_cupy(stream, *arguments)
     return indices, weights, scores
+
+
+@functools.cache
+def warn_of_fallback(reason: str) -> None:
+    logger.warning("key search on the GPU falls back to PyTorch, several times slower: %s", reason)
 
 
 def _in_torch(query, keys, bias, mask, top_k, weighting, temperature, min_similarity, num_groups, shift):

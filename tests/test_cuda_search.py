@@ -298,3 +298,12 @@ def test_gpu_cupy_gives_the_same_bits(monkeypatch, num_keys):
     fake = type("WithoutNvcc", (), {"has_cuda": False, "cuda_source": _C.cuda_source})
     monkeypatch.setattr(cuda_search, "_C", fake)
     assert same_bits(want, search(query, keys, top_k=4))
+
+
+def test_a_fallback_is_said_once(caplog):
+    cuda_search.warn_of_fallback.cache_clear()
+    for _ in range(2):
+        cuda_search.warn_of_fallback("CuPy is missing")
+    assert [record.getMessage() for record in caplog.records] == [
+        "key search on the GPU falls back to PyTorch, several times slower: CuPy is missing"
+    ]
