@@ -91,11 +91,17 @@ def head_logits(pool, features: Tensor, result: Prediction) -> Tensor:
     features: [H].  Returns [number of labels] fp32.
     """
     labels = pool.task(result.task).labels
-    alike = {name: m for name, m in result.mass.items() if m > 0 and pool.task(name).labels == labels}
-    if len(alike) < 2:
+    columns = {}  # of every task with these labels: where they stand in its head
+    for name in (name for name, mass in result.mass.items() if mass > 0):
+        theirs = pool.task(name).labels
+        if theirs is not None and set(theirs) == set(labels):
+            columns[name] = [theirs.index(label) for label in labels]
+    if len(columns) < 2:
         return pool.head(result.task)(features)
-    total = sum(alike.values())
-    return sum(mass / total * pool.head(name)(features) for name, mass in alike.items())
+    total = sum(result.mass[name] for name in columns)
+    return sum(
+        result.mass[name] / total * pool.head(name)(features)[order] for name, order in columns.items()
+    )
 
 
 def _texts(model, tokenizer, part: list[Prediction], max_length: int, max_new_tokens: int) -> list[str]:

@@ -18,7 +18,8 @@ def twins(pool, name: str) -> list[str]:
         return []
     own, found = known[module_key(name)], []
     for other in sorted(pool.tasks):
-        if other != name and pool.tasks[other].labels == labels and module_key(other) in known:
+        theirs = pool.tasks[other].labels
+        if other != name and theirs and set(theirs) == set(labels) and module_key(other) in known:
             its = known[module_key(other)]
             if own.holds(its, coverage) and its.holds(own, coverage):
                 found.append(other)

@@ -161,6 +161,15 @@ def test_the_mixture_and_the_heads_follow_the_shares():
         assert torch.equal(alone, pool.head("first")(together[0]))
 
 
+def test_heads_whose_labels_stand_in_another_order():
+    model = twin_model(("first", near(3), XY), ("second", near(4), ["y", "x"]))
+    pool, features = model.pool, torch.randn(32, generator=torch.Generator().manual_seed(0))
+    assert pool.twins("first") == ["second"]
+    got = head_logits(pool, features, Prediction("", None, "first", {"first": 0.75, "second": 0.25}))
+    first, second = pool.head("first")(features), pool.head("second")(features)
+    torch.testing.assert_close(got, 0.75 * first + 0.25 * second.flip(0))
+
+
 @pytest.mark.parametrize(
     "config",
     [
