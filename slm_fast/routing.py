@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,4 +59,17 @@ class Routing(NamedTuple):
 
     @classmethod
     def cat(cls, parts: "list[Routing]") -> "Routing":
-        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        """The rows of several routings; those with fewer picks than others get ones that do not exist."""
+        width = max(part.indices.shape[1] for part in parts)
+        return cls(*(torch.cat(tensors) for tensors in zip(*(p.padded(width) for p in parts), strict=True)))
+
+    def padded(self, width: int) -> "Routing":
+        """With picks of weight 0 behind the others, up to `width` of them."""
+        missing = width - self.indices.shape[1]
+        if missing <= 0:
+            return self
+        return self._replace(
+            indices=F.pad(self.indices, (0, missing)),
+            weights=F.pad(self.weights, (0, missing)),
+            scores=F.pad(self.scores, (0, missing), value=-torch.inf),
+        )

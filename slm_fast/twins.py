@@ -1,7 +1,6 @@
 """Near-duplicate tasks: which they are, and rows that share their weight with those of their task."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slm_fast.routing import Routing
@@ -47,15 +46,11 @@ def share_with_twins(pool, query: Tensor, routing: Routing, free: Tensor) -> Rou
             made.append((members, _shared(pool, query[members], routing.rows(members), [name, *others])))
     if not made:
         return routing
-    width = max(routing.indices.shape[1], *(part.indices.shape[1] for _, part in made))
-    indices, weights, scores = (
-        F.pad(tensor, (0, width - tensor.shape[1]), value=value)
-        for tensor, value in zip(routing[:3], (0, 0.0, -torch.inf), strict=True)
-    )
+    routing = routing.padded(max(part.indices.shape[1] for _, part in made))
+    indices, weights, scores = (tensor.clone() for tensor in routing[:3])
     for members, part in made:
-        columns = part.indices.shape[1]
-        for whole, rows in ((indices, part.indices), (weights, part.weights), (scores, part.scores)):
-            whole[members, :columns] = rows
+        part = part.padded(indices.shape[1])
+        indices[members], weights[members], scores[members] = part[:3]
     return routing._replace(indices=indices, weights=weights, scores=scores)
 
 

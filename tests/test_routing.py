@@ -26,6 +26,14 @@ def test_dtypes_and_rows():
     assert Routing.cat([routing.rows([0]), routing.rows([1])]).weights.equal(routing.weights)
 
 
+def test_routings_of_unlike_widths_come_together():
+    routing = Routing.cat([example(), Routing.make([[4]], [[0.5]], torch.tensor([[2.0]]), pool_version=6)])
+    assert routing.indices.tolist() == [[1, 2], [3, 0], [4, 0]]
+    assert routing.weights.tolist() == [[0.25, 0.75], [1.0, 0.0], [0.5, 0.0]]
+    assert routing.scores[2].tolist() == [2.0, -float("inf")] and routing.pool_version.tolist() == [5, 5, 6]
+    assert routing.padded(1) is routing and routing.padded(4).indices.shape == (3, 4)
+
+
 def test_survives_pickling_and_scattering():
     routing = example()
     restored = pickle.loads(pickle.dumps(routing))
