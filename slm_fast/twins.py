@@ -29,11 +29,13 @@ def share_with_twins(pool, query: Tensor, routing: Routing, free: Tensor) -> Rou
     """The routing of queries [B, D] after the best task t of every `free` row gave a share s, the config's
     `twin_share`, to its twins:
 
-        w'[i] = (1 - s) M v_t[i],    w'[j] = s M v_u[j] / n   for the entries j of each of the n twins u
+        w'[j] = s_u M v_u[j],   s_u = s / n * min(1, N_u / N_t)   for the entries j of each of the n twins u
+        w'[i] = (1 - sum_u s_u) M v_t[i]                          for those of t
 
-    M: the row's weight on t and its twins; v_u: the weights of a search among the entries of u alone. Other
-    entries keep their weights. Rows whose best task has no twin stay as they are, with picks of weight 0
-    behind theirs where others of the batch got more.
+    M: the row's weight on t and its twins; v_u: the weights of a search among the entries of u alone; N: the
+    texts that a task was learnt from, for a twin of few texts knows less. Other entries keep their weights.
+    Rows whose best task has no twin stay as they are, with picks of weight 0 behind theirs where others of
+    the batch got more.
     """
     best = routing.indices[:, 0].long()
     number = torch.where(free.to(best.device) & (routing.weights[:, 0] != 0), pool.slot_task[best], -1)
@@ -56,15 +58,15 @@ def share_with_twins(pool, query: Tensor, routing: Routing, free: Tensor) -> Rou
 
 def _shared(pool, query: Tensor, routing: Routing, names: list[str]) -> Routing:
     """Rows with one best task, the first of the names, and its twins, the others: its entries come first."""
-    share = pool.config.twin_share
+    count = [int(pool.metric.tasks[module_key(name)].count) for name in names]
+    shares = [pool.config.twin_share / (len(names) - 1) * min(1.0, c / count[0]) for c in count[1:]]
     slots = torch.tensor([slot for name in names for slot in pool.task(name).slots])
     inside = torch.isin(routing.indices, slots.to(routing.indices))
     mass = torch.where(inside, routing.weights, 0.0).sum(1, keepdim=True)
     parts = []
-    for n, name in enumerate(names):
+    for name, share in zip(names, [1 - sum(shares), *shares], strict=True):
         found = pool.search_among(query, name)
-        part = mass * (share / (len(names) - 1) if n else 1 - share)
-        parts.append(found._replace(weights=part * found.weights))
+        parts.append(found._replace(weights=share * mass * found.weights))
     parts.append(routing._replace(weights=torch.where(inside, 0.0, routing.weights)))
     indices, weights, scores = (torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[:3])
     order = (weights == 0).int().argsort(dim=1, stable=True)[:, : int((weights != 0).sum(1).max())]

@@ -123,6 +123,19 @@ def test_three_twins_share_in_equal_parts():
         assert mass == pytest.approx({n: 0.75 if n == best else 0.125 for n in names}, abs=1e-6)
 
 
+def test_a_twin_of_fewer_texts_gets_less():
+    pool = twin_model(("first", near(3), XY), ("few", near(4, 20), XY)).pool
+    query = torch.cat([near(n, 60) for n in (3, 4)])
+    routing = pool.search(query)
+    found = {"first": 0, "few": 0}
+    for row, mass in enumerate(masses(pool, routing)):
+        best = pool.task_of_slot(int(routing.indices[row, 0]))
+        own = 1 - 0.25 * 20 / 60 if best == "first" else 0.75
+        assert mass[best] == pytest.approx(own, abs=1e-6)
+        found[best] += 1
+    assert min(found.values()) > 0
+
+
 def test_rows_whose_task_is_told_keep_to_it():
     pool = four_tasks().pool
     query = near(7, 3)
