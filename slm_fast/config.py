@@ -61,9 +61,9 @@ class SLMConfig:
         temperature: of the softmax, in units of the score. None lets the metric choose; "auto" (whitened,
             "task") fits it when a task is learnt, on a part of its texts held out against the tasks known.
         twin_share: whitened: the share of a row's weight that its best task hands on to its near-duplicates,
-            tasks with the same labels of which each could hold the other's texts: in equal parts, in proportion
-            less to one that was learnt from fewer texts. Their heads answer in these shares too. 0 hands on
-            nothing. Rows whose task is told keep to it.
+            tasks with the same labels of which each could hold the other's texts: in equal parts, less to one
+            that was learnt from fewer texts, in proportion. Their heads answer in these shares too. 0: none.
+            Rows whose task is told keep to it.
         min_similarity: rows whose best score is lower use the frozen model. whitened: nats by which the key
             must explain the query better than the mean of all tasks does; grouped_cosine: a cosine. "auto"
             (whitened): rows that lie farther from the best entry's task than a share `coverage` of the task's
