@@ -40,6 +40,7 @@ PROTOCOLS = {
     "all25": ["--benchmark", "all25", "--methods", "slm,oracle", "--evaluate", "last"]
     + ["--max-train", "800", "--max-steps", "12", "--max-length", "96", "--max-test", "50"],
 }
+SAME = ("cpu", "cores", "threads", "isa", "torch", "transformers")  # of the machine, within a file of results
 # Accuracy of a logistic regression on the frozen encoder's embeddings.
 LINEAR = {
     "ag": 0.86,
@@ -151,8 +152,8 @@ def earlier(path: Path) -> dict:
     """The result of a file, of this machine and these versions, or an empty one where there is no file."""
     if not path.is_file():
         return {"runs": {}, "commands": {}}
-    found = json.loads(path.read_text(encoding="utf8"))
-    if found["machine"] != machine():
+    found, here = json.loads(path.read_text(encoding="utf8")), machine()
+    if any(found["machine"][name] != here[name] for name in SAME):
         raise SystemExit(f"{path} is a result of another machine, or of other versions: choose a new file")
     return found
 
