@@ -135,7 +135,7 @@ def routing_of_five_tasks() -> str:
         rows.append([found["retrieval"], *map(percent, found["accuracy"].values()), *means, *cost(found)])
     tasks = retrievals[0]["accuracy"]
     header = ["routing accuracy, %", *tasks, "mean", "yelp = amazon", "mass", "answers", "MB", "ms a query"]
-    made = {"routing_bert5": "python benchmarks/bench_routing.py --benchmark bert5"}
+    made = {"routing_bert5": "python benchmarks/bench_routing.py --benchmark bert5 --pool RUN/slm"}
     return captioned(header, rows, made)
 
 
@@ -148,7 +148,7 @@ def coverage() -> str:
         for found in floors
     ]
     header = ["`coverage`", "own texts kept, %", *floors[0]["frozen"]]
-    made = {"routing_bert5": "python benchmarks/bench_routing.py --benchmark bert5"}
+    made = {"routing_bert5": "python benchmarks/bench_routing.py --benchmark bert5 --pool RUN/slm"}
     return captioned(header, rows, made)
 
 
