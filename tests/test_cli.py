@@ -95,7 +95,7 @@ def test_a_benchmark_in_two_orders_with_a_probe(minilm, data_folder, tmp_path, c
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ["--data", str(data_folder), "--output", str(tmp_path), "--order", "4,5", "--probes", "trec6"]
     arguments += ["--methods", "slm,oracle", "--batch-size", "6", "--max-test", "4"]
-    arguments += ["--min-similarity", "1e9", "--report-to", "tensorboard"]
+    arguments += ["--min-similarity", "1e9", "--report-to", "tensorboard", "--twin-share", "0.25"]
     assert main([*BENCHMARK, *arguments]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
@@ -108,7 +108,7 @@ def test_a_benchmark_in_two_orders_with_a_probe(minilm, data_folder, tmp_path, c
         settings["batch_size"] == 6 and settings["epochs"] == 1 and settings["target_modules"] == "all-linear"
     )
     assert settings["sources"] == dict.fromkeys(("ag", "yelp"), f"jsonl:{data_folder}/bert5")
-    assert settings["scores"] == {"ag": "accuracy", "yelp": "accuracy"}
+    assert settings["scores"] == {"ag": "accuracy", "yelp": "accuracy"} and settings["twin_share"] == 0.25
     assert settings["test examples"] == {"ag": 4, "yelp": 4}
     probe = first["probes"]["tasks"]["trec6"]
     assert first["probes"]["min_similarity"] == 1e9  # nothing is above it: every row has the frozen model
