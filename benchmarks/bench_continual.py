@@ -101,10 +101,8 @@ def targets(runs: dict[str, list[dict]]) -> list[dict]:
             {"what": what, "reached": reached, "target": f"{relation} {100 * wanted:.1f}", "holds": holds}
         )
 
-    joint = [average(runs.get(name, []), "joint") for name in ("bert5", "bert5_joint")]
-    joint = max(
-        (found for found in joint if found is not None), default=None
-    )  # the better start of its heads
+    both = [average(runs.get(name, []), "joint") for name in ("bert5", "bert5_joint")]
+    joint = max((found for found in both if found is not None), default=None)  # by the better start of heads
     batch = average(runs.get("bert5_batch", []), "batch")
     for name in ("bert5", "bert5_shared"):
         if not (bert5 := runs.get(name)):
@@ -171,16 +169,14 @@ def main() -> None:
     if args.results:
         show(json.loads(args.results.read_text(encoding="utf8"))["runs"])
         return
-    if args.json:
-        earlier(args.json)  # rather now than after hours
+    kept = earlier(args.json) if args.json else None  # an unfit file is found now, not after hours
     began = time.perf_counter()
     names = args.protocols or list(PROTOCOLS)
     runs = {name: [trimmed(found) for found in run(name, args.output, args.data)] for name in names}
     rows = show(runs)
     commands = {name: "slm-fast learn " + " ".join(PROTOCOLS[name]) for name in names}
     seconds = round(time.perf_counter() - began)
-    if args.json:
-        kept = earlier(args.json)
+    if kept is not None:
         runs, commands = kept["runs"] | runs, kept["commands"] | commands
         order = [name for name in PROTOCOLS if name in runs]
         result = {"machine": machine(), "commands": {name: commands[name] for name in order}}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -513,14 +514,14 @@ class KnowledgePool(nn.Module):
             options |= dict(codes=self._index_codes(), backend=self.backend)
             found = ops.key_search(features, self.index_keys, self.index_bias, mask, **options)
         routing = self._weighted(Routing.make(*found, self.version))
-        if calibrated and not isinstance(tasks, str):
-            told = [False] * query.shape[0] if tasks is None else [task is not None for task in tasks]
-            outside = self._outside(query, routing) & ~torch.tensor(told, dtype=torch.bool)
-            weights = routing.weights.masked_fill(outside.to(query.device)[:, None], 0.0)
-            routing = routing._replace(weights=weights)
-        if config.twin_share and not isinstance(tasks, str):
-            free = torch.tensor([True] * len(query) if tasks is None else [task is None for task in tasks])
-            routing = share_with_twins(self, query, routing, free)
+        if (calibrated or config.twin_share) and not isinstance(tasks, str):
+            free = [task is None for task in ([None] * len(query) if tasks is None else tasks)]
+            free = torch.tensor(free, dtype=torch.bool, device=query.device)
+            if calibrated:
+                outside = self._outside(query, routing).to(query.device) & free
+                routing = routing._replace(weights=routing.weights.masked_fill(outside[:, None], 0.0))
+            if config.twin_share:
+                routing = share_with_twins(self, query, routing, free)
         return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
 
     def search_for_training(self, query: Tensor, name: str) -> Routing:
@@ -568,17 +569,26 @@ class KnowledgePool(nn.Module):
 
     def _outside(self, query: Tensor, routing: Routing) -> Tensor:
         """[B] bool: the queries that are too far from the task of their best entry to be one of its texts."""
-        best, outside = routing.indices[:, 0].long(), torch.zeros(query.shape[0], dtype=torch.bool)
-        numbers = self.slot_task[best]
-        for number in numbers.unique().tolist():
-            members = (numbers == number).nonzero().flatten().cpu()
-            name = self.task_of_slot(int(best[members[0]]))
+        outside = torch.zeros(query.shape[0], dtype=torch.bool)
+        for name, members in self.rows_by_task(routing):
+            members = members.cpu()
             if module_key(name) in self.metric.tasks:
                 statistics = self.metric.tasks[module_key(name)]
                 outside[members] = statistics.is_outside(
                     query[members.to(query.device)], self.config.coverage
                 )
         return outside
+
+    def rows_by_task(self, routing: Routing, asked: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every task that is the best of some rows (of those `asked`, [B] bool), and the rows' numbers."""
+        best = routing.indices[:, 0].long()
+        number = self.slot_task[best]
+        if asked is not None:
+            number = torch.where(asked, number, -1)
+        for task in number.unique().tolist():
+            if task >= 0:
+                members = (number == task).nonzero().flatten()
+                yield self.task_of_slot(int(best[members[0]])), members
 
     def fixed_routing(self, adapter_names: list[str]) -> Routing:
         """Route every row to a named entry, to a task's entries in equal parts, or to "__base__"."""

@@ -37,14 +37,9 @@ def share_with_twins(pool, query: Tensor, routing: Routing, free: Tensor) -> Rou
     Rows whose best task has no twin stay as they are, with picks of weight 0 behind theirs where others of
     the batch got more.
     """
-    best = routing.indices[:, 0].long()
-    number = torch.where(free.to(best.device) & (routing.weights[:, 0] != 0), pool.slot_task[best], -1)
     made: list[tuple[Tensor, Routing]] = []
-    for task in number.unique().tolist():
-        members = (number == task).nonzero().flatten()
-        name = None if task < 0 else pool.task_of_slot(int(best[members[0]]))
-        others = pool.twins(name) if name is not None else []
-        if others:
+    for name, members in pool.rows_by_task(routing, free & (routing.weights[:, 0] != 0)):
+        if others := pool.twins(name):
             made.append((members, _shared(pool, query[members], routing.rows(members), [name, *others])))
     if not made:
         return routing
