@@ -13,7 +13,7 @@ each row, one for all, and a single entry, which is PEFT's adapter. Contenders t
 Memory is the peak of a process of its own over its second step, above the frozen model's and without the
 slab rows of the pool that nobody learns. The last line is JSON.
 
-    python benchmarks/bench_training.py [--quick] [--model smol wide] [--json FILE]
+    python benchmarks/bench_training.py [--quick] [--model smol wide] [--tokens 32 128] [--json FILE]
 """
 
 import argparse
@@ -256,7 +256,7 @@ def peak_memory(name: str, args: dict) -> int:
 
 def child(args) -> None:
     base = make_base(args.model[0], DTYPES[args.dtype[0]])
-    ids = make_ids(base, args.rows, args.tokens)
+    ids = make_ids(base, args.rows[0], args.tokens[0])
     step = make_step(args.child, base, TARGETS[args.targets[0]], ids, args.checkpointing[0] == "on")
     del base
     step()
@@ -316,8 +316,8 @@ def main() -> None:
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rows", nargs="+", type=int, default=[8])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[128], help="of a row")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=3, help="processes whose peaks' median is taken")
     parser.add_argument("--quick", action="store_true", help="one small setting, within a minute")
@@ -331,13 +331,12 @@ def main() -> None:
         args.dtype = list(DTYPES) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["fp32"]
     if args.quick:
         args.model, args.targets, args.checkpointing, args.dtype = ["wide"], ["all"], ["off"], args.dtype[-1:]
-        args.rows, args.tokens, args.rounds, args.repeats = 4, 32, 3, 1
+        args.rows, args.tokens, args.rounds, args.repeats = [4], [32], 3, 1
         contenders = ["frozen", "engine", "peft", "dense"]
-    axes = ("model", "dtype", "targets", "checkpointing")
+    axes = ("model", "dtype", "targets", "checkpointing", "rows", "tokens")
     results = []
     for values in itertools.product(*(getattr(args, axis) for axis in axes)):
-        setting = dict(zip(axes, values, strict=True)) | {"rows": args.rows, "tokens": args.tokens}
-        results.append(measure(setting, contenders, args.rounds, args.repeats))
+        results.append(measure(dict(zip(axes, values, strict=True)), contenders, args.rounds, args.repeats))
         print_record(results[-1])
     report({"machine": machine(), "targets": TARGET, "results": results}, args.json)
 
