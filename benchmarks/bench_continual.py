@@ -27,6 +27,12 @@ PROTOCOLS = {
     + ["--methods", "slm,oracle"],
     "bert5_joint": ["--benchmark", "bert5", "--head-init", "zero", "--methods", "joint"]
     + ["--evaluate", "last"],
+    "bert5_zero": ["--benchmark", "bert5", "--order", "all", "--head-init", "zero", "--twin-share", "0.3333"]
+    + ["--methods", "slm,oracle"],
+    "bert5_baselines": ["--benchmark", "bert5", "--seeds", "0,1,2", "--max-train", "400", "--max-test", "200"]
+    + ["--methods", "slm,oracle,batch,paper,seq,finetune,replay,ewc,olora,per_task,joint"],
+    "bert5_probes": ["--benchmark", "bert5", "--min-similarity", "auto", "--methods", "slm,oracle"]
+    + ["--probes", "clinc150,trec6,boolq,mnli,sst2,banking77,hwu64", "--evaluate", "last"],
     "bert5_batch": ["--benchmark", "bert5", "--methods", "slm,oracle,batch", "--evaluate", "last"],
     "seq15": ["--benchmark", "seq15", "--methods", "slm,oracle", "--evaluate", "last"],
     "seq15_shared": ["--benchmark", "seq15", "--twin-share", "0.3333", "--methods", "slm,oracle"]
@@ -70,7 +76,9 @@ def run(name: str, output: Path, data: str | None) -> list[dict]:
 
 def trimmed(run: dict) -> dict:
     """What is kept of a report: nothing that holds texts or folders."""
-    settings = {k: v for k, v in run["settings"].items() if k not in ("sources", "encoder_name_or_path")}
+    settings = {k: v for k, v in run["settings"].items() if k != "encoder_name_or_path"}
+    kinds = {task: source.split(":")[0] for task, source in settings.get("sources", {}).items()}
+    settings |= {"sources": kinds} if kinds else {}
     kept = {k: v for k, v in run.items() if k not in ("requests", "base")} | {"settings": settings}
     if "routing" in run:
         kept["routing"] = {k: v for k, v in run["routing"].items() if k not in ("mass", "entry_names")}

@@ -1,11 +1,12 @@
 """Retrieval, one query at a time and without a task id: how many texts find their task, and at what cost.
 
 For every way to retrieve: the share of test texts whose largest routing mass is on their own task (also with
-tasks of equal labels as one), the mean mass there, the bytes of keys and statistics, and the time of a search
-for one query; with `--pool`, a saved pool that has learnt the tasks, also the accuracy of the answers that
-the found task's entries give. Then the calibrated floor: the share of test texts that keep their mixture, and
-the share of other tasks' texts that fall to the frozen model. Then the time of a search against the number of
-tasks.
+tasks of equal labels as one), the mean mass there, how unevenly the keys are picked (the skewness of their
+counts: hubs are keys near everything, Radovanovic et al., JMLR 2010), the bytes of keys and statistics, and
+the time of a search for one query; with `--pool`, a saved pool that has learnt the tasks, also the accuracy
+of the answers that its entries give in the mixtures that were found. Then the calibrated floor: the share of
+test texts that keep their mixture, and the share of other tasks' texts that fall to the frozen model. Then
+the time of a search against the number of tasks, and of encoding a text.
 
     python benchmarks/bench_routing.py [--quick] [--benchmark bert5 all25] [--queries FOLDER]
         [--pool FOLDER] [--json FILE]
@@ -31,10 +32,12 @@ from slm_fast.encoder import Encoder
 from slm_fast.loading import load_base
 from slm_fast.model import SLMModel
 from slm_fast.pool import KnowledgePool
+from slm_fast.routing import Routing
 
 PROBES = ("clinc150", "banking77", "hwu64", "trec6", "sst2", "mnli", "boolq")  # learnt by no task of bert5
 RETRIEVALS = {
     "paper: last layer, cosine, learnt keys": SLMConfig.paper(),
+    "the same, averaged over 32 texts of one task": SLMConfig.paper(mixing="batch"),
     "last layer, cosine, averaged keys": SLMConfig.paper(key_method="group_avg"),
     "last layer, whitened": SLMConfig(query_layers=[-1]),
     "layers 0, 3, 6, whitened": SLMConfig(query_layers=[0, 3, 6]),
@@ -45,6 +48,7 @@ RETRIEVALS = {
     "all layers, whitened, all directions": SLMConfig(statistics_rank=1 << 20),
 }
 NUM_TASKS = (5, 25, 1000, 10_000)
+BATCH = 32  # texts of one task that share a mixture where scores are averaged over batches
 
 Queries = list[tuple[Tensor, Tensor]]  # of every task's training and test texts
 
@@ -78,41 +82,57 @@ def size(pool: KnowledgePool) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def search(pool: KnowledgePool, query: Tensor) -> Routing:
+    """One query at a time, but where the pool averages the scores of a batch."""
+    if pool.config.mixing != "batch":
+        return pool.search(query)
+    return Routing.cat([pool.search(part) for part in query.split(BATCH)])
+
+
+def skewness(counts: Tensor) -> float:
+    """E[(N - mean)^3] / std^3 of how often each key is picked; 0 where all are picked alike."""
+    centred = counts.double() - counts.double().mean()
+    std = centred.square().mean().sqrt()
+    return float((centred**3).mean() / std**3) if std > 0 else 0.0
+
+
 class Answers:
-    """Answers of a trained pool's model to texts whose task is given, each made once."""
+    """Answers of a trained pool's model in mixtures that another pool has found for the same entries."""
 
     def __init__(self, folder: Path) -> None:
         base, tokenizer = load_base("minilm")
         self.model = SLMModel.from_pretrained(base, folder, tokenizer=tokenizer)
-        self.made: dict[tuple[str, str], str | None] = {}
 
-    def score(self, task: Task, chosen: list[str]) -> float:
-        """The score of the test texts, each answered by its chosen task."""
-        pairs = [(row.text, name) for row, name in zip(task.test, chosen, strict=True)]
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.made]
-        if new:
-            routing = self.model.pool.fixed_routing([name for _, name in new])
-            found = self.model.predict([text for text, _ in new], routing=routing, max_length=128)
-            self.made.update(zip(new, (prediction.answer for prediction in found), strict=True))
-        return score(task, [self.made[pair] or "" for pair in pairs], [row.target for row in task.test])
+    def score(self, task: Task, pool: KnowledgePool, routing: Routing) -> float:
+        """The score of the task's test texts."""
+        own, slots = self.model.pool, torch.full((len(pool.start),), -1)
+        for name in pool.task_names():
+            slots[pool.task(name).slots] = torch.tensor(own.task(name).slots)
+        routing = Routing.make(slots[routing.indices.long()], routing.weights, pool_version=own.version)
+        texts = [row.text for row in task.test]
+        made = self.model.predict(texts, routing=routing, max_length=128)
+        return score(task, [p.answer or "" for p in made], [row.target for row in task.test])
 
 
 def routed(
     pool: KnowledgePool, tasks: Sequence[Task], queries: Queries, answers: Answers | None = None
 ) -> dict:
-    """Routing accuracy, mass on the own task, size and final accuracy of one way to retrieve."""
-    confusion, own, final = [], [], []
+    """Routing accuracy, mass on the own task, hubs, size and final accuracy of one way to retrieve."""
+    confusion, own, final, picked = [], [], [], []
     for number, (_, test) in enumerate(queries):
-        mass, names = pool.task_mass(pool.search(test))
+        found = search(pool, test)
+        picked.append(found.indices.flatten())
+        mass, names = pool.task_mass(found)
         chosen = mass.argmax(-1)
         confusion.append((torch.bincount(chosen, minlength=len(names)) / len(mass)).tolist())
         own.append(float(mass[:, number].mean()))
         if answers is not None:
-            final.append(answers.score(tasks[number], [names[t] for t in chosen.tolist()]))
+            final.append(answers.score(tasks[number], pool, found))
     names = [task.name for task in tasks]
     merged = merge_tasks(confusion, names, same_labels(tasks))
     found = {"accuracy": {name: confusion[i][i] for i, name in enumerate(names)}, "merged": merged}
-    found |= {"mass": dict(zip(names, own, strict=True)), "bytes": size(pool)}
+    counts = torch.bincount(torch.cat(picked).long(), minlength=pool.num_entries)
+    found |= {"mass": dict(zip(names, own, strict=True)), "hubs": skewness(counts), "bytes": size(pool)}
     return found | ({"final": dict(zip(names, final, strict=True))} if final else {})
 
 
@@ -138,10 +158,11 @@ def compare(
         row["milliseconds"] = 1e3 * statistics.median(times)
     width = max(map(len, names))
     shown = ("accuracy", "merged", "mass", *(("final",) if answers else ()))
-    print(f"\n{'retrieval':{width}}  " + "  ".join(f"{k:>8}" for k in shown) + "      MB      ms")
+    print(f"\n{'retrieval':{width}}  " + "  ".join(f"{k:>8}" for k in shown) + "   hubs      MB      ms")
     for row in rows:
         shares = "  ".join(f"{100 * mean(row[k]):8.2f}" for k in shown)
-        print(f"{row['retrieval']:{width}}  {shares}  {row['bytes'] / 1e6:6.1f}  {row['milliseconds']:6.3f}")
+        sizes = f"{row['hubs']:5.2f}  {row['bytes'] / 1e6:6.1f}  {row['milliseconds']:6.3f}"
+        print(f"{row['retrieval']:{width}}  {shares}  {sizes}")
     return rows
 
 
@@ -175,7 +196,7 @@ def growth(query: Tensor, encoder: Encoder, text: str) -> dict:
     times = {name: 1e3 * statistics.median(t) for name, t in interleaved(searches, 20).items()}
     began, runs = time.perf_counter(), 5
     for _ in range(runs):
-        encoder._encode([text])
+        encoder.encode([text])
     times["encoding"] = 1e3 * (time.perf_counter() - began) / runs
     print("\nms for one query: " + ", ".join(f"{k} {v:.3f}" for k, v in times.items()))
     return times

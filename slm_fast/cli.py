@@ -67,6 +67,8 @@ def _learn(args) -> int:
 
 def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> dict:
     """Learn the tasks in one order with one seed; the run's report."""
+    import torch
+
     from slm_fast.continual.benchmarks import BENCHMARKS, answer_tokens, score_names
     from slm_fast.continual.probes import check_probes, probe
     from slm_fast.continual.runner import ContinualRunner
@@ -82,14 +84,18 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> di
         per_device_train_batch_size=args.batch_size,
         seed=seed,
         report_to=_reporters(args.report_to),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_checkpointing=args.gradient_checkpointing,
+        bf16=args.bf16,
     )
-    base, tokenizer = load_base(args.base)
+    base, tokenizer = load_base(args.base, getattr(torch, args.dtype))
     model = get_slm_model(base, _config(args), encoder=encoder, tokenizer=tokenizer)
     tasks, probes = _tasks(args, order, seed, model.can_generate)
     check_probes(probes, [task.name for task in tasks], model.can_generate)
     limits = dict(max_length=args.max_length, max_new_tokens=answer_tokens(tokenizer, tasks + probes))
     options = dict(methods=args.methods.split(","), evaluate=args.evaluate, seed=seed)
-    options |= dict(output_dir=folder, trained=args.trained)
+    options |= dict(output_dir=folder, trained=args.trained, options=_method_options(args.option))
+    options |= dict(early_stopping=args.early_stopping, holdout=args.holdout)
     runner = ContinualRunner(model, tasks, training, **options, **limits)
     name = Path(str(args.base)).name
     if args.benchmark:
@@ -106,6 +112,22 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> di
     if probes:
         report["probes"] = probe(model, probes, **limits)
     return report
+
+
+def _method_options(words: list[str]) -> dict[str, dict[str, int | float]]:
+    """{method: {option: value}} of words like "ewc.lambda=1e4". Raises ValueError on other words."""
+    options: dict[str, dict[str, int | float]] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        method, _, option = name.partition(".")
+        try:
+            number = int(value) if value.lstrip("+").isdigit() else float(value)
+        except ValueError:
+            option = ""
+        if not (method and option):
+            raise ValueError(f"--option {word}: wanted METHOD.NAME=NUMBER, as in ewc.lambda=1e4")
+        options.setdefault(method, {})[option] = number
+    return options
 
 
 def _config(args) -> SLMConfig:
@@ -412,7 +434,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--queries", help="folder of encoded texts, for commands to share")
     learn.add_argument("--methods", default="slm,oracle,seq", help="names, separated by commas")
-    learn.add_argument("--evaluate", choices=EVALUATED, default="seen", help="tasks after each stage")
+    learn.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="METHOD.NAME=NUMBER",
+        help="of a method, may be repeated; replay.share (default 0.01), ewc.lambda (1e5), ewc.rows (256), "
+        "olora.lambda1 (0.5), finetune.learning_rate (1e-4)",
+    )
+    learn.add_argument(
+        "--evaluate",
+        choices=EVALUATED,
+        default="seen",
+        help="tasks that are scored after each stage: those learnt so far; all, which forward transfer after "
+        "Lopez-Paz needs; or the new one, and all after the last stage",
+    )
     learn.add_argument("--text-metric", choices=TEXT_METRICS, help="of long answers (default: token_f1)")
     learn.add_argument("--rank", type=int)
     learn.add_argument("--entries", type=int, help="pool entries of a task")
@@ -421,12 +457,29 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--max-steps", type=int, help="optimiser steps of a task, in place of --epochs")
     learn.add_argument("--learning-rate", type=float)
     learn.add_argument("--batch-size", type=int)
+    learn.add_argument("--gradient-accumulation-steps", type=int, default=1, help="batches of a step")
+    learn.add_argument(
+        "--gradient-checkpointing", action="store_true", help="activations are computed again: less memory"
+    )
+    learn.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
+    learn.add_argument("--bf16", action="store_true", help="train under bf16 autocast, whatever the dtype")
+    learn.add_argument(
+        "--early-stopping",
+        type=int,
+        metavar="EPOCHS",
+        help="end a task's training after so many epochs without a lower loss on held-out training rows, and "
+        "keep its best epoch",
+    )
+    learn.add_argument("--holdout", type=float, default=0.1, help="share of training rows held out for that")
     learn.add_argument("--max-length", type=int)
     learn.add_argument("--max-train", type=int)
     learn.add_argument("--max-test", type=int)
     learn.add_argument("--seed", type=int, default=0)
     learn.add_argument("--seeds", help="several, separated by commas: a run with each, and their mean")
-    learn.add_argument("--report-to", help="the Trainer's report_to, separated by commas: tensorboard, ...")
+    learn.add_argument(
+        "--report-to",
+        help="the Trainer's report_to, separated by commas: tensorboard (in OUTPUT/tensorboard), ...",
+    )
     learn.set_defaults(run=_learn)
 
     for name, run, text in (

@@ -161,7 +161,7 @@ class Encoder:
             starts = range(0, len(missing), self.batch_size)
             for lo in tqdm(starts, desc="encoding", disable=not progress or len(starts) < 2):
                 part = missing[lo : lo + self.batch_size]
-                encoded = dict(zip(part, self._encode(part), strict=True))
+                encoded = dict(zip(part, self.encode(part), strict=True))
                 if self._store is not None:
                     self._store.put(encoded)
                 fresh.update(encoded)
@@ -170,7 +170,8 @@ class Encoder:
         return queries
 
     @torch.no_grad()
-    def _encode(self, texts: list[str]) -> Tensor:
+    def encode(self, texts: list[str]) -> Tensor:
+        """Queries of `texts`, [B, D] fp32, of a pass of their own: no memory is asked, and none is kept."""
         if self.function is not None:
             queries = torch.as_tensor(self.function(texts)).float().cpu()
             if queries.ndim != 2 or queries.shape[0] != len(texts):

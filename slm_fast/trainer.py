@@ -261,6 +261,8 @@ def default_arguments(output_dir: str, **overrides) -> TrainingArguments:
     )
     if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
         settings["train_sampling_strategy"] = "group_by_length"
+    if overrides.get("bf16") and not torch.cuda.is_available():
+        settings["use_cpu"] = True  # transformers refuses bf16 where there is no GPU, unless the CPU is meant
     return TrainingArguments(**(settings | overrides))
 
 

@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import tiny_base
 from transformers import AutoTokenizer
 
 from slm_fast.cli import main
+from slm_fast.continual.runner import ContinualRunner
 
 ROWS = {
     "colour": ("the {noun} is {label}", ["red", "blue"]),
@@ -63,13 +65,42 @@ def test_route_and_generate(learnt, capsys):
         (["learn", "--data", "{tmp}/none/at/all"], "none/at/all"),
         (["generate", "--model", "{model}", "--task", "nope", "a"], "unknown task 'nope'"),
         (["generate", "--model", "{model}", "  "], "is empty"),
+        (["learn", "--data", "{data}", "--option", "ewc=3"], "wanted METHOD.NAME=NUMBER"),
+        (
+            ["learn", "--data", "{data}", "--option", "seq.rate=3", "--output", "{tmp}/o"],
+            "has no option 'rate'",
+        ),
+        (["learn", "--data", "{data}", "--early-stopping", "0", "--output", "{tmp}/o"], "epochs from 1"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(learnt, tmp_path, capsys, arguments, message):
-    filled = [a.format(tmp=tmp_path, model=learnt / "slm") for a in arguments]
+    filled = [a.format(tmp=tmp_path, model=learnt / "slm", data=learnt.parent) for a in arguments]
     assert main(filled) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("slm-fast: ") and message in error[-1]
+
+
+def test_options_of_training_and_methods_arrive(learnt, tmp_path, monkeypatch):
+    seen, real = [], ContinualRunner.fit
+
+    def fit(runner):
+        seen.append(runner)
+        return real(runner)
+
+    monkeypatch.setattr(ContinualRunner, "fit", fit)
+    arguments = ["learn", "--data", str(learnt.parent), "--output", str(tmp_path), "--epochs", "1", "--bf16"]
+    arguments += ["--batch-size", "4", "--gradient-accumulation-steps", "2", "--gradient-checkpointing"]
+    arguments += ["--methods", "slm,replay", "--option", "replay.share=0.5", "--max-length", "24"]
+    assert main([*arguments, "--dtype", "bfloat16"]) == 0
+    (runner,) = seen
+    assert (
+        runner.model.base_model.dtype == torch.bfloat16
+        and runner.args.bf16
+        and runner.args.gradient_checkpointing
+    )
+    assert runner.state["steps"]["slm"] == 2 * 2  # two tasks of 16 rows, 4 times 2 a step
+    assert runner.methods["replay"].options == {"share": 0.5}
+    assert runner.report()["settings"]["bf16"] is True
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,15 @@ def full_run(count=3):
             "entry_names": [f"{task}/{k}" for task in tasks for k in range(2)],
             "accuracy": {"task": 0.983},
         },
+        "cost": {
+            "milliseconds": {
+                "encoding": 20.5,
+                "search": 0.25,
+                "answer": 8.0,
+                "answer of the frozen model": 7.0,
+            },
+            "bytes": {"factors of a task": 2_600_000, "peak of the process": 10**9},
+        },
         "requests": [
             {
                 "text": "a & b < c",
@@ -103,13 +112,16 @@ def test_files_and_their_contents(tmp_path):
 
     page = html_path.read_text("utf8")
     parser = parse(page)
-    assert len(parser.sources) == 2 * 5  # curves, forgetting, matrices, confusion, mass
+    assert len(parser.sources) == 2 * 6  # curves, forgetting, matrices, confusion, mass, cost
     for source in parser.sources:
         picture = base64.b64decode(source.removeprefix("data:image/svg+xml;base64,"))
         assert b"<svg" in picture and b"nan" not in picture.lower().split(b"<defs")[0]
     assert "<script>" not in page and "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "run &lt;script&gt;" in page and "a &amp; b &lt; c" in page and "A &lt;title&gt;" in page
     assert 'class="right">Yes' in page and 'class="wrong">x' in page and "width:75.0%" in page
+    assert "<td>20.50 ms</td>" in page and "<td>2.60 MB</td>" in page
+    text = (tmp_path / "new" / "folder" / "report.md").read_text("utf8")
+    assert "| task number 1 <&> | 89.0 | 90.0 | - |" in text and "| task number 1 <&> | 0.0 | 100.0 |" in text
     assert "<td>98.3</td>" in page and "1,234.5" in page and "12,345 parameters" in page
 
 

@@ -143,6 +143,7 @@ def test_no_text_is_answered_twice_with_one_mixture(make_runner, monkeypatch, me
         return predict(model, texts, **options)
 
     monkeypatch.setattr(SLMModel, "predict", counting)
+    monkeypatch.setattr(ContinualRunner, "cost", lambda runner: {})  # it answers on purpose
     tasks = make_tasks("colour", "size", "mood")
     runner = make_runner("run", methods, tasks).fit()
     few = len(answered)
@@ -151,3 +152,51 @@ def test_no_text_is_answered_twice_with_one_mixture(make_runner, monkeypatch, me
     again = make_runner("again", methods, tasks).fit()
     assert runner.state["rows"] == again.state["rows"]
     assert few < 0.7 * (len(answered) - few)
+
+
+def test_early_stopping_ends_at_the_best_epoch_of_held_out_rows(make_runner, monkeypatch):
+    seen, train = {}, SLMTrainer.train
+
+    def training(trainer, *args, **kwargs):
+        done = train(trainer, *args, **kwargs)
+        losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+        trainer.args.report_to, now = [], trainer.evaluate()["eval_loss"]
+        seen[trainer.args.output_dir.rsplit("/", 1)[1]] = losses, now, len(trainer.train_dataset)
+        return done
+
+    monkeypatch.setattr(SLMTrainer, "train", training)
+    names = ("slm", "seq", "joint")
+    options = dict(epochs=30, early_stopping=1, holdout=0.25, tasks=make_tasks("colour", "size"))
+    runner = make_runner("stopped", names, **options).fit()
+    assert set(seen) == {"slm-colour", "slm-size", "seq-colour", "seq-size", "joint-size"}
+    for losses, now, rows in seen.values():
+        assert 1 < len(losses) < 30 and losses[-1] >= min(losses[:-1])  # one epoch was no better: the end
+        assert now == pytest.approx(min(losses), rel=1e-4)  # the best is what was kept
+        assert rows in (9, 14, 23)  # three quarters of 12, 18 and 30
+    report = runner.report()
+    assert report["settings"]["early_stopping"] == 1 and report["methods"]["slm"]["steps"] < 2 * 30 * 3
+    with pytest.raises(ValueError, match="holds another run"):
+        make_runner("stopped", names, **(options | dict(early_stopping=None)))
+    with pytest.raises(ValueError, match="a share between 0 and 1, got 1"):
+        make_runner("other", early_stopping=1, holdout=1)
+
+
+def test_costs_of_an_answer_and_of_a_task(make_runner):
+    report = make_runner("run", ("slm", "oracle", "seq", "finetune")).fit().report()
+    pool = make_runner("run", ("slm", "oracle", "seq", "finetune")).fit().model.pool
+    times, sizes = report["cost"]["milliseconds"], report["cost"]["bytes"]
+    assert set(times) == {"encoding", "search", "answer", "answer of the frozen model"}
+    assert all(0 < value < 1e4 for value in times.values())
+    features = sum(i + o for i, o in pool.modules_shape.values())
+    assert sizes["factors of a task"] == 2 * 2 * features * 4  # two entries of rank 2, fp32
+    assert sizes["keys of a task"] >= 2 * 24 * 4 and sizes["statistics of a task"] > 0
+    methods = report["methods"]
+    assert methods["slm"]["trained_parameters"] == methods["seq"]["trained_parameters"] == 2 * 2 * features
+    assert methods["finetune"]["trained_parameters"] == report["base"]["parameters"]
+    assert methods["oracle"]["trained_parameters"] is None
+
+
+def test_a_run_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process, not one of 2"):
+        ContinualRunner(None, make_tasks())

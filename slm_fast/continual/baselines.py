@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from transformers import TrainingArguments
 
 from slm_fast.answers import Prediction
@@ -75,11 +75,14 @@ class Sequential(Method):
     def trainer(self, stage: int, args: TrainingArguments, **options) -> "BaselineTrainer":
         task = self.learnt_at(stage)[-1]
         options |= dict(task=task.name, routing=self.routing(task), max_length=self.runner.max_length)
+        held_out = {task.name: self.split(task)[1] for task in self.learnt_at(stage)}
+        if None not in held_out.values():
+            options["held_out"] = held_out
         return BaselineTrainer(self.model, args, self.rows(stage), penalty=self.penalty, **options)
 
     def rows(self, stage: int) -> dict[str, Sequence[Example]]:
         """What a stage trains on, by task."""
-        return {self.tasks[stage].name: self.tasks[stage].train}
+        return {self.tasks[stage].name: self.split(self.tasks[stage])[0]}
 
     def penalty(self) -> Tensor | float:
         """What is added to the loss of every batch."""
@@ -124,7 +127,7 @@ class Joint(Sequential):
         return self.fit(stage)
 
     def rows(self, stage: int) -> dict[str, Sequence[Example]]:
-        return {task.name: task.train for task in self.learnt_at(stage)}
+        return {task.name: self.split(task)[0] for task in self.learnt_at(stage)}
 
 
 class Replay(Sequential):
@@ -233,6 +236,10 @@ class Finetune(Sequential):
     defaults = {"learning_rate": 1e-4}
     from_previous = False
 
+    @property
+    def trained_parameters(self) -> int:
+        return sum(p.numel() for p in self.runner.model.base_model.parameters())
+
     @contextmanager
     def open(self) -> Iterator[None]:
         engine = self.runner.model
@@ -297,6 +304,7 @@ class BaselineTrainer(SLMTrainer):
     Args:
         rows: {task: its rows}.  task: the one whose entry is trained.  routing: of every row, as one row.
         penalty: added to the loss of every batch.  train_base: whether the base's weights are trained too.
+        held_out: {task: rows} to evaluate on.
     Losses are means over a batch's rows or tokens, also where gradients are accumulated.
     """
 
@@ -311,19 +319,27 @@ class BaselineTrainer(SLMTrainer):
         max_length: int,
         penalty: Callable[[], Tensor | float],
         train_base: bool = False,
+        held_out: dict[str, Sequence[Example]] | None = None,
     ) -> None:
         self.penalty, self.train_base, self.row_tasks = penalty, train_base, list(rows)
-        tokenizer, encoded = model.require_tokenizer(), EncodedDataset()
-        for name, part in rows.items():
-            part = encode_dataset(part, model, tokenizer, name, max_length, True, routing=routing)
-            encoded += [row | {"task": name} for row in part]
+        tokenizer = model.require_tokenizer()
+
+        def encoded(parts: dict[str, Sequence[Example]]) -> EncodedDataset:
+            dataset = EncodedDataset()
+            for name, part in parts.items():
+                part = encode_dataset(part, model, tokenizer, name, max_length, True, routing=routing)
+                dataset += [row | {"task": name} for row in part]
+            return dataset
+
         collators = {name: Collator(tokenizer, model.pool.head(name) is not None) for name in rows}
 
         def collate(batch: list[dict]) -> dict:
             name = batch[0]["task"]
             return collators[name](batch) | {"task": name}
 
-        super().__init__(model, args, encoded, task=task, max_length=max_length, data_collator=collate)
+        evaluated = None if held_out is None else encoded(held_out)
+        options = dict(task=task, max_length=max_length, data_collator=collate)
+        super().__init__(model, args, encoded(rows), evaluated, **options)
         self.model_accepts_loss_kwargs = False
 
     @contextmanager
@@ -340,14 +356,18 @@ class BaselineTrainer(SLMTrainer):
                 base.requires_grad_(False)
 
     def get_train_dataloader(self) -> DataLoader:
-        order, tasks = self._get_train_sampler(), [row["task"] for row in self.train_dataset]
-        batches = TaskBatchSampler(order, tasks, self._train_batch_size)
+        return self._loader(self.train_dataset, self._get_train_sampler(), self._train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(rows, SequentialSampler(rows), self.args.eval_batch_size)
+
+    def _loader(self, dataset: EncodedDataset, order: Sampler, batch_size: int) -> DataLoader:
+        batches = TaskBatchSampler(order, [row["task"] for row in dataset], batch_size)
         workers = dict(
             num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory
         )
-        loader = DataLoader(
-            self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator, **workers
-        )
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, **workers)
         return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -9,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from slm_fast.answers import Prediction
 from slm_fast.config import CONFIG_NAME, SLMConfig
-from slm_fast.continual.tasks import Task
+from slm_fast.continual.tasks import Example, Task
 from slm_fast.model import SLMModel, get_slm_model
 from slm_fast.routing import Routing
 from slm_fast.trainer import SLMTrainer, last_checkpoint
@@ -121,10 +123,30 @@ class Method(ABC):
             checkpoint = last_checkpoint(args.output_dir)
         except ValueError:
             checkpoint = None
+        if self.runner.early_stopping is not None:
+            args.do_eval, args.eval_strategy = True, IntervalStrategy.EPOCH
+            args.save_strategy, args.load_best_model_at_end = SaveStrategy.EPOCH, True
+            args.metric_for_best_model, args.greater_is_better = "eval_loss", False
         transformers.set_seed(self.runner.seed)
         trainer = make(args)
+        if self.runner.early_stopping is not None:
+            trainer.add_callback(EarlyStoppingCallback(self.runner.early_stopping))
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that a task's training changes, its head apart."""
+        return self.runner.trainable
+
+    def split(self, task: Task) -> tuple[list[Example], list[Example] | None]:
+        """The rows that a task is trained on, and those held out to stop early by; of all methods alike."""
+        if self.runner.early_stopping is None:
+            return task.train, None
+        rows = list(task.train)
+        random.Random(self.seed(task)).shuffle(rows)
+        count = max(1, round(self.runner.holdout * len(rows)))
+        return rows[count:], rows[:count]
 
     def checkpoints(self, stage: int) -> Path:
         return self.runner.output_dir / f"{self.name}-{self.tasks[stage].name}"

@@ -42,9 +42,12 @@ class SLM(Method):
         texts = [example.text for example in task.train]
         options = dict(seed=self.seed(task), progress=runner.progress)
         model.add_task(task.name, texts, labels=task.labels, **options)
+        train, held_out = self.split(task)
         settings = dict(task=task.name, max_length=runner.max_length)
         try:
-            trainer = self.run_trainer(stage, lambda args: SLMTrainer(model, args, task.train, **settings))
+            trainer = self.run_trainer(
+                stage, lambda args: SLMTrainer(model, args, train, held_out, **settings)
+            )
         except BaseException:  # half learnt; its checkpoint on disk is continued
             model.remove_task(task.name)
             raise
@@ -74,6 +77,7 @@ class Batch(Method):
     note = "all rows of a batch come from one task and share a mixture; keys of its own for the same entries"
     needs = "slm"
     settled = True
+    trained_parameters = 0
 
     @contextmanager
     def open(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ import json
 
 from slm_fast.continual.pictures import (
     COLOURS,
+    draw_cost,
     draw_curves,
     draw_forgetting,
     draw_heat_map,
@@ -16,9 +17,11 @@ from slm_fast.continual.tables import (
     MISSING,
     Table,
     comparison,
+    cost_table,
     definitions,
     forgetting_per_task,
     html_table,
+    matrix_table,
     mean,
     mean_over_runs,
     percent,
@@ -125,6 +128,9 @@ def _run_section(run: dict, *, first: bool) -> list[str]:
     if drawn:
         out += _matrix_sections(tasks, drawn, metric)
     out += _routing_section(tasks, run.get("routing") or {})
+    if run.get("cost"):
+        picture = svg_picture(lambda: draw_cost(run["cost"]), "what an answer and a task cost")
+        out += ["<h3>Cost</h3>", _side(picture, html_table(*cost_table(run["cost"])))]
     if run.get("probes"):
         title = html.escape(probe_title(run["probes"]))
         out += [f"<h3>{title}</h3>", html_table(*probe_table(run["probes"]))]
@@ -181,11 +187,8 @@ def _matrix_sections(tasks: list[str], methods: dict[str, dict], metric: str) ->
         svg_picture(lambda: draw_matrices(tasks, methods), "score matrices"),
     ]
     for label, method in zip(labels, methods.values(), strict=True):
-        rows = [[task, *map(percent, row)] for task, row in zip(tasks, method["matrix"], strict=True)]
-        out += [
-            f"<h4>{html.escape(str(label))}</h4>",
-            html_table(["after learning", *tasks], rows, dense=len(tasks) > 5),
-        ]
+        table = html_table(*matrix_table(tasks, method["matrix"]), dense=len(tasks) > 5)
+        out += [f"<h4>{html.escape(str(label))}</h4>", table]
     return out
 
 

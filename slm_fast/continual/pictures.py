@@ -132,6 +132,33 @@ def draw_forgetting(tasks: list[str], methods: dict[str, dict]):
     return figure
 
 
+def draw_cost(cost: dict):
+    """Two bars of stacked parts: milliseconds of an answer beside the frozen model's, and bytes of a task."""
+    figure = new_figure(6.4, 2.8)
+    times, sizes = figure.subplots(1, 2)
+    milliseconds = dict(cost["milliseconds"])
+    frozen = milliseconds.pop("answer of the frozen model")
+    _stack(times, "with its mixture", milliseconds)
+    times.bar("frozen model", frozen, color=COLOURS[6], label="answer of the frozen model")
+    times.set(ylabel="milliseconds", title="one text by itself")
+    of_a_task = {what: value / 1e6 for what, value in cost["bytes"].items() if what.endswith(" of a task")}
+    _stack(sizes, "a task", {what.removesuffix(" of a task"): value for what, value in of_a_task.items()})
+    sizes.set(ylabel="MB", title="kept of a task", xlim=(-1, 1))
+    for axes in (times, sizes):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e3e7eb", lw=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _stack(axes, place: str, parts: dict[str, float]) -> None:
+    bottom = 0.0
+    for position, (what, value) in enumerate(parts.items()):
+        axes.bar(place, value, bottom=bottom, color=COLOURS[position % 7], label=what)
+        bottom += value
+
+
 def _label_tasks(axes, tasks: list[str]) -> None:
     axes.set_xticks(range(len(tasks)), map(short, tasks), fontsize=9 if len(tasks) <= 8 else 7)
     if len(tasks) > 5 or max(map(len, tasks)) > 12:

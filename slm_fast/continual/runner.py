@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import shutil
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,6 +48,10 @@ class ContinualRunner:
             depend on its place in the order (of "slm", "paper", "per_task" and "joint"), so that a run takes
             it from there where another one was done with it, with its cost.
         max_length: tokens kept of an example.  max_new_tokens: of a generated answer.
+        early_stopping: epochs without a lower loss on held-out training rows after which a task's training
+            ends; its best epoch is kept. None: it trains to the end.
+        holdout: the share of a task's training rows that is held out for that.
+    Raises ValueError in a process of several (torchrun): a run is one process; `SLMTrainer` trains in many.
     """
 
     def __init__(
@@ -64,7 +70,16 @@ class ContinualRunner:
         seed: int = 0,
         progress: bool = True,
         trained: str | os.PathLike | None = None,
+        early_stopping: int | None = None,
+        holdout: float = 0.1,
     ) -> None:
+        if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ValueError(f"a run is one process, not one of {processes}: SLMTrainer trains in several")
+        if early_stopping is not None and not (early_stopping >= 1 and 0 < holdout < 1):
+            raise ValueError(
+                f"early_stopping is a number of epochs from 1, got {early_stopping}, and holdout a share "
+                f"between 0 and 1, got {holdout}"
+            )
         if not tasks:
             raise ValueError("tasks is empty")
         if len({task.name for task in tasks}) != len(tasks):
@@ -81,6 +96,7 @@ class ContinualRunner:
         self.evaluate, self.seed, self.progress = evaluate, seed, progress
         self.predicting = dict(batch_size=batch_size, max_length=max_length, max_new_tokens=max_new_tokens)
         self.max_length = max_length
+        self.early_stopping, self.holdout = early_stopping, holdout
         self.trained = None if trained is None else TrainedTasks(trained)
         self.methods: dict[str, Method] = {name: METHODS[name](self, options.get(name)) for name in names}
         self.final: dict[str, list[Prediction]] = {}  # answers of "slm" after the last task
@@ -100,8 +116,9 @@ class ContinualRunner:
             "batch_size": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
             "weight_decay": self.args.weight_decay,
             "max_length": self.max_length,
-        }
-        empty = {"identity": identity, "options": {}, "rows": {}, "seconds": {}, "steps": {}, "before": None}
+        } | self.uncommon_settings()
+        empty = {"identity": identity, "options": {}, "rows": {}, "seconds": {}, "steps": {}}
+        empty |= {"before": None, "cost": None}
         path = self.output_dir / "state.json"
         if path.is_file():
             try:
@@ -127,6 +144,15 @@ class ContinualRunner:
             return state
         return empty
 
+    def uncommon_settings(self) -> dict:
+        """What tells a run's training from others', where it is not the default."""
+        settings = {}
+        if self.early_stopping is not None:
+            settings |= {"early_stopping": self.early_stopping, "holdout": self.holdout}
+        if self.args.bf16:
+            settings["bf16"] = True
+        return settings
+
     def _save_state(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         temporary = self.output_dir / "state.json.tmp"
@@ -151,6 +177,9 @@ class ContinualRunner:
         for task in self.tasks if "slm" in self.methods else ():
             if task.name not in self.final:  # the last stage was measured in an earlier process
                 self.final[task.name] = slm.answers(task)
+        if "slm" in self.methods and self.state["cost"] is None:
+            self.state["cost"] = self.cost()
+            self._save_state()
         return self
 
     @contextmanager
@@ -253,6 +282,54 @@ class ContinualRunner:
             for p, (task, example) in zip(answers, picked, strict=True)
         ]
 
+    @property
+    def trainable(self) -> int:
+        """Numbers of a task's entries, its head apart."""
+        pool = self.model.pool
+        rank = pool.config.r * pool.config.entries_per_task
+        return rank * sum(i + o for i, o in pool.modules_shape.values())
+
+    def cost(self, count: int = 16) -> dict:
+        """What an answer and a task cost: {"milliseconds", "bytes"}.
+
+        milliseconds: of one text by itself, medians over `count` test texts of all tasks: "encoding",
+            "search", and the answer with its mixture and by the frozen model, both through one head.
+        bytes: of a task, in the mean: its factors, its keys, and its statistics with a share of the metric;
+            and the most that this process had resident (on a GPU, allocated).
+        """
+        model, pool = self.model, self.model.pool
+        texts = [t.test[n].text for n in range(count) for t in self.tasks if n < len(t.test)][:count]
+        times: dict[str, list[float]] = {}
+
+        def timed(what: str, call, *args, **options):
+            began = time.perf_counter()
+            found = call(*args, **options)
+            times.setdefault(what, []).append(1e3 * (time.perf_counter() - began))
+            return found
+
+        for text in [texts[0], *texts]:  # the first call warms up
+            query = timed("encoding", model.encoder.encode, [text])
+            routing = timed("search", pool.search, query)
+            task = model.explain(routing=routing)[0]["task"]
+            frozen = pool.fixed_routing(["__base__"])
+            for what, row in (("answer", routing), ("answer of the frozen model", frozen)):
+                timed(what, model.predict, [text], routing=row, task=task, **self.predicting)
+        tasks, per_task = len(self.tasks), pool.config.entries_per_task
+        keys = (pool.keys, pool.index_keys, pool.index_bias)
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "milliseconds": {what: statistics.median(values[1:]) for what, values in times.items()},
+            "bytes": {
+                "factors of a task": self.trainable * pool.factors[0].A.element_size(),
+                "keys of a task": round(sum(t.nbytes for t in keys) / len(pool.keys) * per_task),
+                "statistics of a task": round(sum(t.nbytes for t in pool.metric.buffers()) / tasks),
+                "peak of the process": peak,
+            },
+        }
+
     def report(self, name: str = "continual learning", requests: int = 8) -> dict:
         """Everything measured, as one dict for `write_reports`."""
         config = self.model.config
@@ -267,18 +344,19 @@ class ContinualRunner:
                 "seconds_train": seconds.get("train"),
                 "seconds_eval": seconds.get("eval"),
                 "steps": self.state["steps"].get(method.name),
+                "trained_parameters": method.trained_parameters if method.own_stages else None,
                 "options": method.options,
             }
         if "oracle" in methods and methods["oracle"]["average_accuracy"]:
             ratio = methods["slm"]["average_accuracy"] / methods["oracle"]["average_accuracy"]
             methods["slm"]["ratio_to_oracle"] = ratio
-        rank = pool.config.r * pool.config.entries_per_task
+        rank, trainable = pool.config.r * pool.config.entries_per_task, self.trainable
         steps, epochs = self.args.max_steps, self.args.num_train_epochs
         length = {"steps of a task": steps} if steps > 0 else {"epochs of a task": epochs}
-        trainable = rank * sum(i + o for i, o in pool.modules_shape.values())
         routed = {}
         if "slm" in methods:
             routed = {"routing": self.routing_report(), "requests": self.requests(requests)}
+            routed["cost"] = self.state["cost"]
         return {
             "name": name,
             "tasks": [task.name for task in self.tasks],
@@ -296,6 +374,7 @@ class ContinualRunner:
                 "learning_rate": self.args.learning_rate,
                 "batch_size": self.args.per_device_train_batch_size,
                 "max_length": self.max_length,
+                **self.uncommon_settings(),
                 "seeds": {"run": self.seed, "training": self.args.seed},
                 "budget": length
                 | {

@@ -25,6 +25,7 @@ MEASURES = (
 ROUTING_NOTE = (
     "mean over tasks of the share of test rows whose largest weight is the task's, a query at a time"
 )
+COUNTS = (("trained_parameters", "trained of a task"), ("steps", "steps"))
 SECONDS = (("seconds_train", "training, s"), ("seconds_eval", "evaluation, s"))
 PROBE_SHARES = (
     ("frozen_rows", "rows on the frozen model"),
@@ -95,7 +96,7 @@ def mean_over_runs(runs: list[dict]) -> dict[str, dict]:
     for run in runs:
         for name, method in run["methods"].items():
             of_method = out.setdefault(name, {"label": method.get("label", name)})
-            for field, _ in MEASURES + SECONDS:
+            for field, _ in MEASURES + COUNTS + SECONDS:
                 if method.get(field) is not None:
                     of_method.setdefault(field, []).append(method[field])
     for of_method in out.values():
@@ -133,6 +134,13 @@ def percent(value: float | dict | None, digits: int = 1) -> str:
     return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # + 0.0 makes -0.0 a plain 0.0
 
 
+def number(value: int | dict | None) -> str:
+    """A count, which is the same in repeated runs, or their mean."""
+    if isinstance(value, dict):
+        value = round(value["mean"])
+    return MISSING if value is None else f"{value:,}"
+
+
 def seconds(value: float | dict | None) -> str:
     if isinstance(value, dict):
         return _with_std(seconds(value["mean"]), value, seconds)
@@ -147,12 +155,13 @@ def _with_std(text: str, value: dict, show) -> str:
 
 
 def comparison(methods: dict[str, dict]) -> Table:
-    """A line per method: `MEASURES` in percent, then seconds; columns that nobody measured are left out."""
-    header = ["method"] + [title for _, title in MEASURES + SECONDS]
+    """A line per method: `MEASURES` in percent, counts, seconds; what nobody measured is left out."""
+    header = ["method"] + [title for _, title in MEASURES + COUNTS + SECONDS]
     rows = [
         [
             str(method.get("label", name)),
             *(percent(method.get(field)) for field, _ in MEASURES),
+            *(number(method.get(field)) for field, _ in COUNTS),
             *(seconds(method.get(field)) for field, _ in SECONDS),
         ]
         for name, method in methods.items()
@@ -170,6 +179,25 @@ def probe_table(probes: dict) -> Table:
         for name, task in probes["tasks"].items()
     ]
     return header, rows
+
+
+def matrix_table(tasks: list[str], matrix: list[list[float | None]]) -> Table:
+    """Scores on each task (column) after learning each task (row), in percent."""
+    rows = [[task, *map(percent, row)] for task, row in zip(tasks, matrix, strict=True)]
+    return ["after learning", *tasks], rows
+
+
+def confusion_table(tasks: list[str], confusion: list[list[float]]) -> Table:
+    """Shares of a true task's (row) test rows by the task with their largest weight (column), in percent."""
+    rows = [[task, *map(percent, row)] for task, row in zip(tasks, confusion, strict=True)]
+    return ["true task", *tasks], rows
+
+
+def cost_table(cost: dict) -> Table:
+    """A line per part of an answer, in milliseconds, and of a task, in megabytes."""
+    rows = [[what, f"{value:.2f} ms"] for what, value in cost["milliseconds"].items()]
+    rows += [[what, f"{value / 1e6:,.2f} MB"] for what, value in cost["bytes"].items()]
+    return ["one text by itself; a task, in the mean", "cost"], rows
 
 
 def probe_title(probes: dict) -> str:
@@ -262,9 +290,19 @@ def sections(result: dict) -> list[tuple[str, Table]]:
         for group in repeated_runs(runs)
     ]
     for run in runs:
-        out.append((str(run["name"]), comparison(run["methods"])))
+        name, tasks = str(run["name"]), [str(task) for task in run["tasks"]]
+        out.append((name, comparison(run["methods"])))
+        for method in run["methods"].values():
+            if method.get("matrix"):
+                title = f"{name}. {method.get('label')}: scores on each task after learning each"
+                out.append((title, matrix_table(tasks, method["matrix"])))
+        if (run.get("routing") or {}).get("confusion"):
+            title = f"{name}. Routing: true task and the task with the largest weight"
+            out.append((title, confusion_table(tasks, run["routing"]["confusion"])))
+        if run.get("cost"):
+            out.append((f"{name}. Cost", cost_table(run["cost"])))
         if run.get("probes"):
-            out.append((f"{run['name']}. {probe_title(run['probes'])}", probe_table(run["probes"])))
+            out.append((f"{name}. {probe_title(run['probes'])}", probe_table(run["probes"])))
     return out
 
 

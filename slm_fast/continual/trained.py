@@ -64,7 +64,7 @@ class TrainedTasks:
             "training": {k: v for k, v in runner.args.to_dict().items() if k not in NO_MATTER},
             "seed": runner.seed,
             "max_length": runner.max_length,
-        }
+        } | runner.uncommon_settings()
         digest = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
         return self.folder / f"{method.name}-{tasks[0].name if len(tasks) == 1 else len(tasks)}-{digest}"
 
