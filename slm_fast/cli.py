@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from slm_fast.config import HEAD_INITS, INITS, KEY_METHODS, METRICS, SLMConfig
@@ -130,8 +130,22 @@ def _method_options(words: list[str]) -> dict[str, dict[str, int | float]]:
     return options
 
 
+def _settings(words: list[str]) -> dict:
+    """{field: value} of words like "coverage=0.95"; values are JSON, or else words. Raises ValueError."""
+    known, settings = {field.name for field in fields(SLMConfig)}, {}
+    for word in words:
+        name, found, value = word.partition("=")
+        if not found or name not in known:
+            raise ValueError(f"--set {word}: wanted FIELD=VALUE, of {', '.join(sorted(known))}")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
 def _config(args) -> SLMConfig:
-    return SLMConfig(
+    named = dict(
         r=args.rank,
         target_modules=args.target if args.target == "all-linear" else args.target and args.target.split(","),
         metric=args.metric,
@@ -145,6 +159,7 @@ def _config(args) -> SLMConfig:
         temperature=args.temperature,
         encoder_name_or_path=args.encoder,
     )
+    return SLMConfig(**(named | _settings(args.set)))
 
 
 def _tasks(args, order: str | None, seed: int, generates: bool) -> tuple[list, list]:
@@ -427,6 +442,13 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature",
         type=_number_or_word,
         help='of the weights; "auto" fits it to held-out training texts',
+    )
+    learn.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of SLMConfig, may be repeated: coverage=0.95, query_layers=[0,3,6]",
     )
     learn.add_argument(
         "--trained",

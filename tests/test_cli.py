@@ -66,6 +66,8 @@ def test_route_and_generate(learnt, capsys):
         (["generate", "--model", "{model}", "--task", "nope", "a"], "unknown task 'nope'"),
         (["generate", "--model", "{model}", "  "], "is empty"),
         (["learn", "--data", "{data}", "--option", "ewc=3"], "wanted METHOD.NAME=NUMBER"),
+        (["learn", "--data", "{data}", "--set", "layers=3"], "wanted FIELD=VALUE, of backend, coverage"),
+        (["learn", "--data", "{data}", "--set", "coverage=2"], "coverage"),
         (
             ["learn", "--data", "{data}", "--option", "seq.rate=3", "--output", "{tmp}/o"],
             "has no option 'rate'",
@@ -91,6 +93,7 @@ def test_options_of_training_and_methods_arrive(learnt, tmp_path, monkeypatch):
     arguments = ["learn", "--data", str(learnt.parent), "--output", str(tmp_path), "--epochs", "1", "--bf16"]
     arguments += ["--batch-size", "4", "--gradient-accumulation-steps", "2", "--gradient-checkpointing"]
     arguments += ["--methods", "slm,replay", "--option", "replay.share=0.5", "--max-length", "24"]
+    arguments += ["--set", "query_layers=[1,2]", "--set", "weighting=softmax"]
     assert main([*arguments, "--dtype", "bfloat16"]) == 0
     (runner,) = seen
     assert (
@@ -99,6 +102,7 @@ def test_options_of_training_and_methods_arrive(learnt, tmp_path, monkeypatch):
         and runner.args.gradient_checkpointing
     )
     assert runner.state["steps"]["slm"] == 2 * 2  # two tasks of 16 rows, 4 times 2 a step
+    assert runner.model.encoder.layers == [1, 2] and runner.model.slm_config.weighting == "softmax"
     assert runner.methods["replay"].options == {"share": 0.5}
     assert runner.report()["settings"]["bf16"] is True
 
