@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from slm_fast.continual.metrics import REFERENCE
 from slm_fast.continual.report import write_report
 from slm_fast.continual.tables import (
     forgetting_per_task,
@@ -269,7 +270,11 @@ def test_measures_that_follow_from_the_rest_of_a_run():
     assert methods["slm"]["forward_transfer_single"] == 0.25
     assert methods["oracle"]["forward_transfer_single"] == 0.0
     assert methods["seq"]["forward_transfer_single"] == 0.125  # was there already
+    assert REFERENCE not in methods["seq"] and methods["slm"][REFERENCE] == "oracle"
+    run["settings"] = {"init": "retrieved"}  # the oracle's entries were not learnt alone
+    assert "forward_transfer_single" not in measured(run)["slm"] and REFERENCE not in measured(run)["slm"]
     run["methods"]["per_task"] = {"matrix": [[0.5, None], [0.5, 1.0]]}  # before "oracle" as the reference
     assert measured(run)["slm"]["forward_transfer_single"] == -0.25
+    assert measured(run)["slm"][REFERENCE] == "per_task"
     header = format_comparison(measured(run)).split("\n")[0]
     assert "routing accuracy" in header and "forward transfer (single-task)" in header

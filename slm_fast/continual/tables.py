@@ -7,7 +7,7 @@ print, a mean over runs has its sample standard deviation behind it, and "-" sta
 import html
 import math
 
-from slm_fast.continual.metrics import single_task_scores, summarize
+from slm_fast.continual.metrics import REFERENCE, single_task_reference, summarize
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -72,13 +72,15 @@ def measured(run: dict) -> dict[str, dict]:
     single-task learning if a method among them learns and answers every task alone.
     """
     methods = run["methods"]
-    single = single_task_scores({name: method.get("matrix") for name, method in methods.items()})
+    matrices = {name: method.get("matrix") for name, method in methods.items()}
+    reference, single = single_task_reference(matrices, (run.get("settings") or {}).get("init", "zero"))
     accuracy = (run.get("routing") or {}).get("accuracy") or {}
     out = {}
     for name, method in methods.items():
         derived = {}
-        if single is not None and method.get("matrix"):
-            derived = {FORWARD: summarize(method["matrix"], single=single)[FORWARD]}
+        if single is not None and method.get("matrix") and method.get(FORWARD) is None:
+            forward = summarize(method["matrix"], single=single)[FORWARD]
+            derived = {} if forward is None else {FORWARD: forward, REFERENCE: reference}
         if name == "slm":
             derived["routing_accuracy"] = mean(list(accuracy.values()))
         new = {f: v for f, v in derived.items() if v is not None and method.get(f) is None}
