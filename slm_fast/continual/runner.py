@@ -21,7 +21,7 @@ from slm_fast.continual.method import Method
 from slm_fast.continual.methods import METHODS, method_names
 from slm_fast.continual.metrics import DEFINITIONS, EVALUATED, merge_tasks, summarize
 from slm_fast.continual.report import write_report
-from slm_fast.continual.tasks import Task, same_labels, score
+from slm_fast.continual.tasks import Task, same_labels, score, training_of
 from slm_fast.continual.trained import TrainedTasks
 from slm_fast.model import SLMModel
 from slm_fast.trainer import default_arguments
@@ -171,7 +171,8 @@ class ContinualRunner:
         for stage in range(len(self.state["rows"].get(method.name, ())), len(self.tasks)):
             skipped = method.last_only and stage < last
             if not skipped and not method.has_learnt(stage):
-                self._learn(method, stage)
+                with training_of(method.learnt_at(stage), self.args):
+                    self._learn(method, stage)
             scores = [[None] * len(self.tasks) if skipped else self._row(m, stage) for m in measured]
             for m, row in zip(measured, scores, strict=True):
                 self.state["rows"].setdefault(m.name, []).append(row)
@@ -312,7 +313,8 @@ class ContinualRunner:
 
 
 def _digest(task: Task) -> str:
-    rows = json.dumps([[e.text, e.target] for e in task.train + task.test])
+    own = [task.training] if task.training else []
+    rows = json.dumps([row.content() for row in task.train + task.test] + own)
     return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
