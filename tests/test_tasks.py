@@ -265,6 +265,14 @@ def test_all_scores_of_long_answers(monkeypatch):
         assert found == {"token_f1": pytest.approx(2 / 3), "bertscore": 0.25}
     assert text_scores(Task("t", [], [], metric="first_word"), ["B"], ["B"]) == {}
 
+    def missing(predictions, targets):
+        raise OSError("the model 'minilm' comes with a package")
+
+    monkeypatch.setattr(bertscore, "bert_scores", missing)
+    assert text_scores(Task("t", [], [], metric="token_f1"), ["cat"], ["cat"]) == {"token_f1": 1.0}
+    with pytest.raises(OSError, match="minilm"):
+        text_scores(Task("t", [], [], metric="bertscore"), ["cat"], ["cat"])
+
 
 def test_training_arguments_of_single_tasks(tmp_path):
     args = default_arguments(str(tmp_path), num_train_epochs=6, learning_rate=1e-3)

@@ -402,9 +402,18 @@ def _same_answer(prediction: str, target: str) -> float:
 
 
 def text_scores(task: Task, predictions: list[str], targets: list[str]) -> dict[str, float]:
-    """The scores of a task's long answers by all of `TEXT_METRICS`, none for a task with another metric."""
-    metrics = TEXT_METRICS if task.metric in TEXT_METRICS else ()
-    return {metric: score(replace(task, metric=metric), predictions, targets) for metric in metrics}
+    """The scores of a task's long answers by all of `TEXT_METRICS`, none for a task with another metric.
+
+    BERTScore is left out where its encoder is not installed.
+    """
+    found = {}
+    for metric in TEXT_METRICS if task.metric in TEXT_METRICS else ():
+        try:
+            found[metric] = score(replace(task, metric=metric), predictions, targets)
+        except OSError:
+            if metric == task.metric:
+                raise
+    return found
 
 
 def _same_first_word(prediction: str, target: str) -> float:
