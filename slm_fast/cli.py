@@ -17,6 +17,7 @@ from pathlib import Path
 from slm_fast.config import HEAD_INITS, INITS, KEY_METHODS, METRICS, SLMConfig
 from slm_fast.continual.metrics import EVALUATED
 from slm_fast.continual.tasks import TEXT_METRICS
+from slm_fast.prompts import Prompt
 
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 # Of `learn` where neither an option nor a benchmark says otherwise.
@@ -159,7 +160,7 @@ def _config(args) -> SLMConfig:
         temperature=args.temperature,
         encoder_name_or_path=args.encoder,
     )
-    return SLMConfig(**(named | _settings(args.set)))
+    return SLMConfig(**(named | getattr(args, "key_learning", {}) | _settings(args.set)))
 
 
 def _tasks(args, order: str | None, seed: int, generates: bool) -> tuple[list, list]:
@@ -176,7 +177,9 @@ def _tasks(args, order: str | None, seed: int, generates: bool) -> tuple[list, l
         benchmark, data = BENCHMARKS[args.benchmark], args.data
         scoring = benchmark.scoring
         print(f"{args.benchmark}, order {order}. {benchmark.description}")
-        tasks = load_benchmark(args.benchmark, order, data, tasks=names, generates=generates, **limits)
+        tasks = load_benchmark(
+            args.benchmark, order, data, tasks=names, generates=generates, per_task=args.per_task, **limits
+        )
     else:
         tasks = [task.subset(**limits) for task in load_tasks(args.data or "docs", names)]
     probed = args.probes.split(",") if args.probes else []
@@ -197,7 +200,8 @@ def _with_defaults(args) -> argparse.Namespace:
 
     defaults = DEFAULTS
     if args.benchmark:
-        defaults = find_benchmark(args.benchmark).hyperparameters(args.hyperparameters)
+        named = [name for name, value in vars(args).items() if value is not None]
+        defaults = find_benchmark(args.benchmark).hyperparameters(args.hyperparameters, named)
     elif args.order:
         raise ValueError("--order needs --benchmark; --tasks gives the order of other tasks")
     given = {name: value for name, value in vars(args).items() if value is not None or name not in defaults}
@@ -301,7 +305,7 @@ def _texts(args) -> list[str]:
     texts = args.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("no texts: give them as arguments or one a line on standard input")
-    return texts
+    return [Prompt(text, args.system) for text in texts] if args.system else texts
 
 
 def _route(args) -> int:
@@ -512,6 +516,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--model", required=True, help="folder of a saved pool")
         command.add_argument("--base", help="base model, if it is not where the pool was trained")
         command.add_argument("--encoder", help="sentence encoder, if it is not where the pool was trained")
+        command.add_argument(
+            "--system", help="what to do with the texts, for tasks learnt with instructions: the system turn"
+        )
         command.add_argument("--json", action="store_true", help="one JSON object a line")
         command.add_argument("text", nargs="*", help="texts; without any, lines of standard input")
         command.set_defaults(run=run)

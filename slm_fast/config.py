@@ -23,6 +23,7 @@ KEY_METHODS = ("group_avg", "kmeans", "paper")
 INITS = ("zero", "retrieved")
 HEAD_INITS = ("probe", "zero")
 MIXINGS = ("instance", "batch")
+KEY_TRAINING = ("key_learning_rate", "key_epochs", "key_batch_size")
 POOLINGS = ("auto", "mean", "first", "last")
 
 # The linear after attention, which the paper re-parameterises: BERT, LLaMA, T5. The first that matches.
@@ -46,7 +47,8 @@ class SLMConfig:
             mean diagonal. None chooses it from the statistics alone.
         statistics_rank: whitened: directions in which a task's covariance is kept, 2 D bytes each.
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
-            step.
+            step.  key_learning_rate, key_epochs, key_batch_size: of its training, by AdamW. The authors' two
+            or three epochs at 1e-3 are for their tasks of up to 200,000 texts.
         init: where new entries start: "zero" (they change nothing yet) or "retrieved" (the mixture that the
             task's texts get from the entries that are there, and the heads of tasks with the same labels).
         head_init: where a task's classification head starts when its training does: "probe" (a logistic
@@ -88,6 +90,9 @@ class SLMConfig:
     shrinkage: float | None = None
     key_method: str = "group_avg"
     key_masking: float = 0.2
+    key_learning_rate: float = 1e-2
+    key_epochs: int = 20
+    key_batch_size: int = 32
     init: str = "zero"
     head_init: str = "probe"
     query_layers: list[int] | str = "auto"
@@ -105,7 +110,8 @@ class SLMConfig:
     faiss_above: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("r", "entries_per_task", "num_groups", "encoder_max_length", "statistics_rank"):
+        positive = ("r", "entries_per_task", "num_groups", "encoder_max_length", "statistics_rank")
+        for name in (*positive, "key_epochs", "key_batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -150,6 +156,8 @@ class SLMConfig:
             raise ValueError(f"coverage must be in (0, 1], got {self.coverage!r}")
         if self.faiss_above is not None and not (isinstance(self.faiss_above, int) and self.faiss_above >= 0):
             raise ValueError(f"faiss_above must be an integer from 0, or None, got {self.faiss_above!r}")
+        if not (math.isfinite(self.key_learning_rate) and self.key_learning_rate > 0):
+            raise ValueError(f"key_learning_rate must be positive and finite, got {self.key_learning_rate!r}")
         if not 0 <= self.key_masking < 1:
             raise ValueError(f"key_masking must be in [0, 1), got {self.key_masking!r}")
         if isinstance(self.query_layers, str):
@@ -166,19 +174,33 @@ class SLMConfig:
 
     @classmethod
     def paper(cls, **overrides) -> "SLMConfig":
-        """The paper's LLaMA settings; for its BERT ones pass `r=12, top_k=4`."""
+        """The paper's LLaMA settings, with the authors' scripts' for the keys' training.
+
+        For its BERT ones pass `r=12, top_k=4, key_epochs=3, key_batch_size=8`.
+        """
         settings = dict(
             metric="grouped_cosine",
             weighting="similarity",
             query_layers=[-1],
             key_method="paper",
             key_masking=0.2,
+            key_learning_rate=1e-3,
+            key_epochs=2,
             head_init="zero",
         )
         return cls(**(settings | overrides))
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """The settings by name.
+
+        Those of `KEY_TRAINING` are left out at their defaults, so that what was stored before they existed
+        keeps its identity.
+        """
+        values = dataclasses.asdict(self)
+        for name in KEY_TRAINING:
+            if values[name] == getattr(SLMConfig, name):
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "SLMConfig":

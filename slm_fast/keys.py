@@ -271,7 +271,6 @@ def _train_keys(
     config: SLMConfig,
     generator: torch.Generator,
     progress=None,
-    epochs: int = 20,
 ) -> Tensor:
     """The paper's preparation phase: AdamW, gradients clipped at 0.1, keys hidden at random."""
     dim = query.shape[1]
@@ -283,9 +282,10 @@ def _train_keys(
         for _ in range(config.num_groups)
     ]
     keys = nn.Parameter(torch.cat(starts, dim=1).to(query.device))
-    optimizer = torch.optim.AdamW([keys], lr=1e-2)
-    batches = [range(lo, min(lo + 32, len(query))) for lo in range(0, len(query), 32)]
-    steps = [batch for _ in range(epochs) for batch in batches]
+    optimizer = torch.optim.AdamW([keys], lr=config.key_learning_rate)
+    size = config.key_batch_size
+    batches = [range(lo, min(lo + size, len(query))) for lo in range(0, len(query), size)]
+    steps = [batch for _ in range(config.key_epochs) for batch in batches]
     with torch.enable_grad():
         for batch in progress(steps) if progress else steps:
             rows = torch.randint(len(query), (len(batch),), generator=generator).to(query.device)

@@ -1,19 +1,24 @@
 import json
+import sys
 from collections import Counter
 
 import pytest
 
+from slm_fast import SLMConfig
 from slm_fast.continual.benchmarks import (
     BENCHMARKS,
     answer_tokens,
     find_benchmark,
     load_benchmark,
+    score_names,
     task_table,
 )
 from slm_fast.continual.hub import load_hub_task
 from slm_fast.continual.sources import SOURCES, load_source
 from slm_fast.continual.tables import format_table
-from slm_fast.continual.tasks import Example, Task, as_text
+from slm_fast.continual.tasks import Example, Task, as_classification, as_text
+from slm_fast.loading import PACKAGED
+from slm_fast.prompts import Prompt, plain_text
 
 
 @pytest.fixture
@@ -69,9 +74,34 @@ def test_hyperparameters_of_the_paper_and_ours():
     assert (llama["rank"], llama["top_k"], llama["entries"]) == (8, 2, 4)
     t5, ours = (find_benchmark("t5_fewshot").hyperparameters(whose) for whose in ("paper", "ours"))
     assert t5["learning_rate"] == ours["learning_rate"]  # was not published
+    assert (t5["base"], ours["base"]) == ("google-t5/t5-large", "smollm2") and ours["base"] in PACKAGED
+    keys = dict(num_groups=6, key_learning_rate=1e-3, key_epochs=3, key_batch_size=8)
+    assert t5["key_learning"] == paper["key_learning"] == keys and t5["entries"] == 4
+    assert ours["key_learning"] == ours["per_task"] == {}
+    theirs = SLMConfig.paper()
+    assert all(getattr(theirs, name) == value for name, value in llama["key_learning"].items())
     assert find_benchmark("bert5").hyperparameters()["target"] == "all-linear"
     with pytest.raises(ValueError, match='"ours" or "paper", got \'theirs\''):
         find_benchmark("bert5").hyperparameters("theirs")
+
+
+def test_hyperparameters_of_single_tasks(benchmark_data):
+    llama3 = find_benchmark("llama3")
+    own = llama3.hyperparameters("paper")["per_task"]
+    assert own == {"history": {"epochs": 3, "batch_size": 64}}
+    assert llama3.hyperparameters("paper", given=["epochs"])["per_task"] == {"history": {"batch_size": 64}}
+    assert llama3.hyperparameters("paper", given=["epochs", "batch_size"])["per_task"] == {}
+    limits = dict(data=benchmark_data, max_train=10, max_test=10)
+    finance, history, medical = load_benchmark("llama3", **limits, per_task=own)
+    assert history.training == {"num_train_epochs": 3, "per_device_train_batch_size": 64}
+    assert as_classification(history).training == history.training
+    assert finance.training == medical.training == load_benchmark("llama3", **limits)[1].training == {}
+    with pytest.raises(ValueError, match="per_task has no task 'ag' among finance, history, medical"):
+        load_benchmark("llama3", **limits, per_task={"ag": {"epochs": 1}})
+    with pytest.raises(
+        ValueError, match="its own epochs, learning_rate, batch_size, got 'rank' for 'history'"
+    ):
+        load_benchmark("llama3", **limits, per_task={"history": {"rank": 1}})
 
 
 def test_a_data_folder_in_every_order_and_size(benchmark_data):
@@ -114,13 +144,34 @@ def test_kinds_of_base_models(benchmark_data):
     assert mnli.train[0].target in ("neutral", "entailment", "contradiction")
 
     finance, history, medical = load_benchmark("llama3", data=benchmark_data)
-    assert (finance.metric, history.metric, medical.metric) == ("accuracy", "accuracy", "token_f1")
+    assert (finance.metric, history.metric, medical.metric) == ("first_word", "first_word", "token_f1")
+    assert score_names([finance, history, medical], BENCHMARKS["llama3"].scoring) == {
+        "finance": "accuracy (first word)",
+        "history": "accuracy (first word)",
+        "medical": "token F1 (the paper: BERTScore and a judge model)",
+    }
     heads = load_benchmark("llama3", data=benchmark_data, generates=False, tasks=["finance", "history"])
     assert [task.labels for task in heads] == [["negative", "neutral", "positive"], ["A", "B", "C", "D"]]
+    assert {task.metric for task in heads} == {"accuracy"}
     with pytest.raises(
         ValueError, match="'medical' has 1[0-9]+ different answers, .* a base model that gener"
     ):
         load_benchmark("llama3", data=benchmark_data, generates=False)
+
+
+def test_the_papers_prompts_and_those_of_the_stream_of_all_tasks(benchmark_data):
+    finance, history, medical = load_benchmark("llama3", data=benchmark_data)
+    for task, instruction in ((finance, "Analyze the sentiment of "), (medical, "If you are a doctor, ")):
+        for row in task.train + task.test:
+            assert row.text.system.startswith(instruction)
+            assert f"{row.text}" == f"{row.text.system} ### {row.text.user}"
+    assert all(type(row.text) is str and row.text.startswith("Question:") for row in history.test)
+    names = ["finance", "history", "medical"]
+    stream = {task.name: task for task in load_benchmark("all25", data=benchmark_data, tasks=names)}
+    assert [stream[name].metric for name in names] == ["accuracy", "accuracy", "token_f1"]
+    for task in (finance, history, medical):
+        assert [plain_text(row.text) for row in task.test] == [row.text for row in stream[task.name].test]
+        assert all(type(row.text) is str for row in stream[task.name].test)
 
 
 def test_the_folder_can_come_from_the_environment(tmp_path, monkeypatch):
@@ -187,6 +238,21 @@ def test_hub_rows_for_generation(hub):
     assert {len(finance.train), len(finance.test)} == {8, 2}
     whole = sorted((finance.train + finance.test), key=lambda row: row.text)
     assert whole[1].text == "Judge.\nProfit rose 1%."
+    papers = load_source("llama3/finance")
+    assert papers.name == "finance" and papers.metric == "first_word"
+    assert sorted(papers.train + papers.test, key=lambda row: row.text)[1].text == Prompt(
+        "Profit rose 1%.", "Judge."
+    )
+    hub(
+        "LinhDuong/chatdoctor-200k",
+        {
+            "train": [
+                {"instruction": "Be a doctor.", "input": f"pain {i}", "output": "rest"} for i in range(5)
+            ]
+        },
+    )
+    assert {row.text.system for row in load_source("llama3/medical").train} == {"Be a doctor."}
+    assert {type(row.text) for row in load_source("medical").train} == {str}
 
     for config in (
         "high_school_european_history",
@@ -242,8 +308,105 @@ def test_what_is_nowhere(tmp_path, hub):
         OSError, match="'ag' is not in a data folder .none was given.*fancyzhx/ag_news could not"
     ):
         load_source("ag")
-    with pytest.raises(OSError, match=f"'science_aux' is not in {tmp_path}, and nothing equal is known"):
+    with pytest.raises(
+        OSError,
+        match=f"'science_aux' is not in {tmp_path} .instruct/science_aux.train.*, and nothing equal is known "
+        "on the Hub: it comes from a data folder only",
+    ):
         load_source("science_aux", tmp_path)
+
+
+def test_all_missing_tasks_are_named_at_once(tmp_path, hub, monkeypatch):
+    rows = [{"text": f"news {i}", "label": i % 2} for i in range(4)]
+    hub("stanfordnlp/imdb", {"train": rows, "test": rows}, {"label": ["Bad", "Good"]})
+    datasets = pytest.importorskip("datasets")
+
+    def gone(name, *_, **__):
+        raise FileNotFoundError(f"no {name} on this Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    names = ["imdb", "clinc150", "science_aux"]
+    with pytest.raises(OSError) as raised:
+        load_benchmark("all25", data=tmp_path, tasks=names)
+    first, clinc, science = str(raised.value).splitlines()
+    assert first == "2 of the 3 tasks of all25 are missing:"
+    assert (
+        f"'clinc150' is not in {tmp_path} (extra/clinc150.train.jsonl[.gz]), and FastFit/clinc_150" in clinc
+    )
+    assert clinc.endswith("could not be loaded: no FastFit/clinc_150 on this Hub")
+    assert "'science_aux'" in science and "from a data folder only" in science
+    assert [task.name for task in load_benchmark("all25", data=tmp_path, tasks=["imdb"])] == ["imdb"]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(OSError, match=r"1 of the 1 tasks[^$]*'ag' is not in[^$]*install 'slm_fast.train"):
+        load_benchmark("bert5", data=tmp_path, tasks=["ag"])
+
+
+def test_data_sets_that_are_scripts_come_from_the_hubs_copy(tmp_path, hub, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"premise": f"p{i}", "hypothesis": "h", "label": i % 2} for i in range(6)]
+    classes = {"label": ["entailment", "contradiction"]}
+    hub("copy", {"train": rows, "validation": rows[:2]}, classes)
+    calls = []
+
+    def load(name, config=None, **options):
+        calls.append((name, config, options))
+        if not options:
+            raise RuntimeError(f"Dataset scripts are no longer supported, but found {name}.py")
+        return datasets.load_from_disk(tmp_path / "copy")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    cb = load_source("cb")
+    assert cb.source == "hub:aps/super_glue" and cb.labels == classes["label"] and len(cb.test) == 2
+    copy = {"data_dir": "cb", "revision": "refs/convert/parquet"}
+    assert calls == [("aps/super_glue", "cb", {}), ("aps/super_glue", None, copy)]
+    load_hub_task("old", template="{premise}")
+    assert calls[-1] == ("old", None, copy | {"data_dir": "default"})
+
+    def without_a_copy(name, config=None, **options):
+        if not options:
+            raise RuntimeError("Dataset scripts are no longer supported")
+        raise ValueError("no such revision")
+
+    monkeypatch.setattr(datasets, "load_dataset", without_a_copy)
+    with pytest.raises(
+        OSError, match="'cb' is not .*scripts are no longer.*refs/convert/parquet: no such rev"
+    ):
+        load_source("cb")
+
+    def broken(name, config=None, **options):
+        calls.append((name, config, options))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    calls.clear()
+    with pytest.raises(OSError, match="could not be loaded: out of memory"):
+        load_source("cb")
+    assert len(calls) == 1
+
+
+def test_a_config_of_the_hubs_copy_is_a_folder(tmp_path, monkeypatch):
+    """What `datasets` makes of the copy's layout, without its revision, which a folder on disk has not."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    real = datasets.load_dataset
+    for config in ("cb", "rte", "default"):
+        for split in ("train", "test"):
+            folder = tmp_path / "copy" / config / split
+            folder.mkdir(parents=True)
+            rows = [{"text": f"{config} {split} {i}", "label": i % 2} for i in range(2)]
+            datasets.Dataset.from_list(rows).to_parquet(folder / "0000.parquet")
+
+    def load(name, config=None, revision=None, **options):
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported")
+        return real(str(tmp_path / "copy"), config, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for config, folder in (("cb", "cb"), (None, "default")):
+        task = load_hub_task("scripted", config=config)
+        assert [row.text for row in task.train + task.test] == [
+            f"{folder} {split} {i}" for split in ("train", "test") for i in range(2)
+        ]
 
 
 def test_unknown_names():

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from slm_fast import SLMConfig
+from slm_fast.config import KEY_TRAINING
 
 
 def test_saves_and_loads(tmp_path):
@@ -15,6 +16,19 @@ def test_paper_settings():
     config = SLMConfig.paper(r=12, top_k=4)
     assert (config.metric, config.weighting, config.query_layers) == ("grouped_cosine", "similarity", [-1])
     assert (config.r, config.top_k, config.num_groups, config.entries_per_task) == (12, 4, 6, 4)
+    assert (config.key_learning_rate, config.key_epochs, config.key_batch_size) == (1e-3, 2, 32)
+
+
+def test_the_training_of_keys_is_stored_where_it_is_not_the_default(tmp_path):
+    assert not any(name in SLMConfig().to_dict() for name in KEY_TRAINING)
+    assert SLMConfig.from_dict(SLMConfig().to_dict()) == SLMConfig()
+    config = SLMConfig(key_epochs=3, key_learning_rate=1e-3)
+    assert {n: v for n, v in config.to_dict().items() if n in KEY_TRAINING} == {
+        "key_epochs": 3,
+        "key_learning_rate": 1e-3,
+    }
+    config.save_pretrained(tmp_path)
+    assert SLMConfig.from_pretrained(tmp_path) == config
 
 
 @pytest.mark.parametrize(
@@ -29,6 +43,10 @@ def test_paper_settings():
         ("query_layers", "some"),
         ("query_layers", []),
         ("key_masking", 1.0),
+        ("key_learning_rate", 0.0),
+        ("key_learning_rate", float("inf")),
+        ("key_epochs", 0),
+        ("key_batch_size", 1.5),
         ("mixing", "rows"),
     ],
 )

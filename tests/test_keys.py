@@ -75,6 +75,31 @@ def test_methods_find_their_own_task(method, metric):
     assert torch.equal(again, keys[:3])
 
 
+@pytest.mark.parametrize(("settings", "steps"), [({}, 20 * 3), ({"key_epochs": 2, "key_batch_size": 8}, 20)])
+def test_steps_of_the_papers_key_training(settings, steps):
+    config, seen = SLMConfig(num_groups=4, **settings), []
+
+    def progress(batches):
+        seen.extend(batches)
+        return batches
+
+    learn_keys(clustered_embeddings(0, 80), 3, None, config, "paper", progress=progress)
+    assert len(seen) == steps and sum(map(len, seen)) == 80 * config.key_epochs
+
+
+def test_learning_rate_of_the_papers_key_training():
+    """AdamW's first step moves every coordinate by the learning rate."""
+    query = clustered_embeddings(0, 8)
+
+    def keys(rate):
+        config = SLMConfig(num_groups=4, key_masking=0.0, top_k=3, key_epochs=1, key_learning_rate=rate)
+        return learn_keys(query, 3, None, config, "paper", seed=2)
+
+    start = keys(1e-12)
+    moved = [float((keys(rate) - start).abs().mean()) for rate in (1e-3, 1e-2)]
+    assert 8 < moved[1] / moved[0] < 12
+
+
 def test_group_avg_averages_disjoint_parts():
     query = clustered_embeddings(0, 12)
     keys = learn_keys(query, 3, None, SLMConfig(), "group_avg")

@@ -1,6 +1,6 @@
 import pytest
 
-from slm_fast.continual.metrics import DEFINITIONS, single_task_scores, summarize
+from slm_fast.continual.metrics import DEFINITIONS, single_task_reference, summarize
 
 MATRIX = [[0.9, 0.2, None], [0.7, 0.8, 0.1], [0.8, 0.6, 0.5]]
 
@@ -16,8 +16,13 @@ def test_forward_transfer_against_single_task_learning():
 
 def test_whose_diagonal_is_the_single_task_reference():
     oracle, alone = [[0.5, None], [0.4, 0.6]], [[0.7, None], [0.7, 0.8]]
-    assert single_task_scores({"slm": MATRIX, "oracle": oracle, "per_task": alone}) == [0.7, 0.8]
-    assert single_task_scores({"oracle": oracle}) == [0.5, 0.6]
-    assert single_task_scores({"per_task": [[None, None], [0.7, 0.8]], "oracle": oracle}) == [0.5, 0.6]
-    assert single_task_scores({"slm": MATRIX}) is None
-    assert single_task_scores({"oracle": None}) is None
+    both = {"slm": MATRIX, "oracle": oracle, "per_task": alone}
+    assert single_task_reference(both, "zero") == single_task_reference(both, "retrieved")
+    assert single_task_reference(both, "zero") == ("per_task", [0.7, 0.8])
+    assert single_task_reference({"oracle": oracle}, "zero") == ("oracle", [0.5, 0.6])
+    unfinished = {"per_task": [[None, None], [0.7, 0.8]], "oracle": oracle}
+    assert single_task_reference(unfinished, "zero") == ("oracle", [0.5, 0.6])
+    none = (None, None)
+    assert single_task_reference(unfinished, "retrieved") == none  # the oracle started from other tasks
+    assert single_task_reference({"slm": MATRIX}, "zero") == none
+    assert single_task_reference({"oracle": None}, "zero") == none

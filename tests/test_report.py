@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from slm_fast.continual.metrics import REFERENCE
 from slm_fast.continual.report import write_report
 from slm_fast.continual.tables import (
     forgetting_per_task,
@@ -48,6 +49,7 @@ def full_run(count=3):
             "entry_names": [f"{task}/{k}" for task in tasks for k in range(2)],
             "accuracy": {"task": 0.983},
         },
+        "text_scores": {tasks[0]: {"token_f1": 0.287, "bertscore": 0.614}},
         "cost": {
             "milliseconds": {
                 "encoding": 20.5,
@@ -119,7 +121,7 @@ def test_files_and_their_contents(tmp_path):
     assert "<script>" not in page and "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "run &lt;script&gt;" in page and "a &amp; b &lt; c" in page and "A &lt;title&gt;" in page
     assert 'class="right">Yes' in page and 'class="wrong">x' in page and "width:75.0%" in page
-    assert "<td>20.50 ms</td>" in page and "<td>2.60 MB</td>" in page
+    assert "<td>28.7</td><td>61.4</td>" in page and "<td>20.50 ms</td>" in page and "<td>2.60 MB</td>" in page
     text = (tmp_path / "new" / "folder" / "report.md").read_text("utf8")
     assert "| task number 1 <&> | 89.0 | 90.0 | - |" in text and "| task number 1 <&> | 0.0 | 100.0 |" in text
     assert "<td>98.3</td>" in page and "1,234.5" in page and "12,345 parameters" in page
@@ -281,7 +283,11 @@ def test_measures_that_follow_from_the_rest_of_a_run():
     assert methods["slm"]["forward_transfer_single"] == 0.25
     assert methods["oracle"]["forward_transfer_single"] == 0.0
     assert methods["seq"]["forward_transfer_single"] == 0.125  # was there already
+    assert REFERENCE not in methods["seq"] and methods["slm"][REFERENCE] == "oracle"
+    run["settings"] = {"init": "retrieved"}  # the oracle's entries were not learnt alone
+    assert "forward_transfer_single" not in measured(run)["slm"] and REFERENCE not in measured(run)["slm"]
     run["methods"]["per_task"] = {"matrix": [[0.5, None], [0.5, 1.0]]}  # before "oracle" as the reference
     assert measured(run)["slm"]["forward_transfer_single"] == -0.25
+    assert measured(run)["slm"][REFERENCE] == "per_task"
     header = format_comparison(measured(run)).split("\n")[0]
     assert "routing accuracy" in header and "forward transfer (single-task)" in header

@@ -14,7 +14,11 @@ from slm_fast.continual.tasks import (
     load_jsonl_tasks,
     load_tasks,
     score,
+    text_scores,
+    training_of,
 )
+from slm_fast.prompts import Prompt
+from slm_fast.trainer import default_arguments
 
 
 def write_rows(path, rows):
@@ -89,6 +93,30 @@ def test_generation_rows(tmp_path):
     assert short.kind == "generation" and short.labels is None and short.metric == "accuracy"
     assert [row.text for row in short.train] == ["Translate.\nchat", "chien", "Greet."]
     assert long.train[0] == Example("Why?", long_answer["completion"]) and long.metric == "token_f1"
+
+
+def test_instruction_and_input_apart(tmp_path):
+    rows = [
+        {"instruction": "Translate.", "input": "chat", "output": "cat"},
+        {"instruction": "", "input": "chien", "output": "dog"},
+        {"instruction": "Greet.", "output": "hello"},
+        {"prompt": "Why?", "completion": "because"},
+    ]
+    write_rows(tmp_path / "g.jsonl", rows)
+    (task,) = load_jsonl_tasks(tmp_path, two_parts=True)
+    found = {row.target: row for row in task.train + task.test}
+    assert found["cat"] == Example(Prompt("chat", "Translate."), "cat")
+    assert found["cat"].text.encode() == b"Translate. ### chat"
+    assert all(type(found[target].text) is str for target in ("dog", "hello", "because"))
+    # equality and identity know the parts
+    same = [
+        Example(Prompt("b", "a"), "t"),
+        Example("a ### b", "t"),
+        Example(Prompt("y ### b", "a ### x"), "t"),
+    ]
+    same.append(Example(Prompt("x ### y ### b", "a"), "t"))
+    assert len(set(same)) == len({tuple(row.content()) for row in same}) == 4
+    assert same[1].content() == ["a ### b", "t"]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +217,7 @@ def test_few_answers_as_labels():
 
 
 def test_unknown_metric():
-    with pytest.raises(ValueError, match="accuracy, token_f1, bertscore, got 'bleu'"):
+    with pytest.raises(ValueError, match="accuracy, first_word, token_f1, bertscore, got 'bleu'"):
         Task("t", [], [], metric="bleu")
 
 
@@ -204,6 +232,66 @@ def test_scores():
         score(f1, ["x"], ["x", "y"])
     with pytest.raises(ValueError, match="nothing to score"):
         score(f1, [], [])
+
+
+def test_first_words():
+    """The authors' rule: punctuation becomes spaces, then the first word counts."""
+    task = Task("t", [], [], metric="first_word")
+    for answer, target, right in (
+        ("B) because of the war", "B", 1),
+        ("B", "B", 1),
+        ("(B)", "B", 1),
+        ("positive.", "positive", 1),
+        (" Positive", "positive", 1),
+        ("positive\nnegative", "positive", 1),
+        ("The answer is B", "B", 0),
+        ("Because", "B", 0),
+        ("negative", "positive", 0),
+        ("non-positive", "positive", 0),
+        ("", "positive", 0),
+        ("...", "positive", 0),
+        ("...", "...", 0),
+    ):
+        assert score(task, [answer], [target]) == right, answer
+    assert score(task, ["A.", "B"], ["A", "C"]) == 0.5
+
+
+def test_all_scores_of_long_answers(monkeypatch):
+    import slm_fast.continual.bertscore as bertscore
+
+    monkeypatch.setattr(bertscore, "bert_scores", lambda predictions, targets: [0.25] * len(targets))
+    for metric in ("token_f1", "bertscore"):
+        found = text_scores(Task("t", [], [], metric=metric), ["a cat sat"], ["cat"])
+        assert found == {"token_f1": pytest.approx(2 / 3), "bertscore": 0.25}
+    assert text_scores(Task("t", [], [], metric="first_word"), ["B"], ["B"]) == {}
+
+    def missing(predictions, targets):
+        raise OSError("the model 'minilm' comes with a package")
+
+    monkeypatch.setattr(bertscore, "bert_scores", missing)
+    assert text_scores(Task("t", [], [], metric="token_f1"), ["cat"], ["cat"]) == {"token_f1": 1.0}
+    with pytest.raises(OSError, match="minilm"):
+        text_scores(Task("t", [], [], metric="bertscore"), ["cat"], ["cat"])
+
+
+def test_training_arguments_of_single_tasks(tmp_path):
+    args = default_arguments(str(tmp_path), num_train_epochs=6, learning_rate=1e-3)
+    rows = [Example("a", "b")]
+    plain, history = Task("p", rows, rows), Task("h", rows, rows, training={"num_train_epochs": 3})
+    other = Task("o", rows, rows, training={"num_train_epochs": 3, "learning_rate": 0.5})
+    for tasks, expected in (
+        ([plain], (6, 1e-3)),
+        ([history], (3, 1e-3)),
+        ([other], (3, 0.5)),
+        ([history, other], (3, 1e-3)),
+        ([history, plain], (6, 1e-3)),
+    ):
+        with training_of(tasks, args):
+            assert (args.num_train_epochs, args.learning_rate) == expected
+        assert (args.num_train_epochs, args.learning_rate) == (6, 1e-3)
+    with pytest.raises(RuntimeError, match="stopped"), training_of([other], args):
+        raise RuntimeError("stopped")
+    assert (args.num_train_epochs, args.learning_rate) == (6, 1e-3)
 
 
 @pytest.fixture

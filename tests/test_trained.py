@@ -1,12 +1,16 @@
 """Training that other runs take over: the same bits whatever the order, and only where nothing differs."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_runner import kept, make_tasks, new_runner
 
+from slm_fast.continual.tasks import Example
 from slm_fast.continual.trained import TrainedTasks
+from slm_fast.prompts import Prompt
 from slm_fast.trainer import SLMTrainer
 
 NAMES = ("colour", "size", "mood")
@@ -79,9 +83,36 @@ def test_what_training_depends_on_is_not_taken_over(folder, first):
     other = run(folder / "none", methods=("slm",))
     other.model.slm_config.init = "retrieved"
     assert trained.take(other.methods["slm"], 0) is None
+    other = run(folder / "none", methods=("slm",))
+    text, target = other.tasks[0].train[0].content()
+    other.tasks[0].train[0] = Example(Prompt(text, "say"), target)
+    in_parts = trained._place(other.methods["slm"], 0)
+    other.tasks[0].train[0] = Example(f"say ### {text}", target)
+    assert in_parts != trained._place(other.methods["slm"], 0)
     retrieval = run(folder / "none", methods=("slm",))
     retrieval.model.slm_config.min_similarity = 0.5
     assert trained.take(retrieval.methods["slm"], 0) is not None
+
+
+def test_a_task_that_trains_longer(folder, first):
+    """Its own number of epochs counts in training, in what is taken over and in what a run is."""
+
+    def own(name, value, methods=("slm", "joint")):
+        runner = run(folder / name, NAMES[:2], methods)
+        runner.tasks[1].training["num_train_epochs"] = value
+        return runner
+
+    longer = own("longer", 3)
+    longer.fit()
+    steps = {name: method["steps"] for name, method in longer.report("r")["methods"].items()}
+    per_epoch = [math.ceil(len(task.train) / 4) for task in longer.tasks]
+    assert steps == {"slm": per_epoch[0] + 3 * per_epoch[1], "joint": sum(per_epoch)}
+    assert longer.args.num_train_epochs == 1
+    ours, theirs = kept(longer, "slm"), kept(first, "slm")
+    same = {name for name in ours if "adapters" in name and ours[name] == theirs[name]}
+    assert {Path(name).parts[1].split(".")[0] for name in same} == {"colour"}
+    with pytest.raises(ValueError, match="another run"):
+        own("longer", 2, ("slm", "joint"))._load_state()
 
 
 def test_the_sequential_methods_keep_nothing(folder):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slm_fast.continual.tasks import Example, Task, answer_metric, split_rows
+from slm_fast.prompts import Prompt
 
 TEXT_COLUMNS = (
     "text",
@@ -19,6 +20,7 @@ TEXT_COLUMNS = (
     "title",
 )
 LABEL_COLUMNS = ("label", "label_text", "labels", "topic", "intent", "category", "class")
+CONVERTED = "refs/convert/parquet"  # the Hub's copy of a data set without its script
 TEST_SPLITS = ("test", "validation", "validation_matched")  # the first that has labelled rows is tested on
 
 
@@ -30,6 +32,7 @@ def load_hub_task(
     label_column: str | None = None,
     task_name: str | None = None,
     template: str | None = None,
+    system: str | None = None,
     pattern: str | None = None,
     labels: Mapping | None = None,
     generation: bool = False,
@@ -44,6 +47,7 @@ def load_hub_task(
 
     Args:
         template: the text as a format of the columns, instead of one `text_column`.
+        system: a format of the columns too: what to do with the text, and the text a `Prompt`.
         pattern: a regular expression for the text column, whose named groups become columns.
         labels: the column's values -> label names, in the order of the classes; other rows are left out.
         generation: the label column is the answer to generate, and no class.
@@ -63,7 +67,7 @@ def load_hub_task(
         return [
             example
             for part in parts
-            for example in _rows(part, text_column, label_column, template, pattern, labels)
+            for example in _rows(part, text_column, label_column, template, system, pattern, labels)
         ]
 
     train = rows("train")
@@ -101,10 +105,29 @@ def _load_splits(name: str, config: str | Sequence[str] | None) -> dict[str, lis
         if is_saved_dataset(folder):
             data = datasets.load_from_disk(folder)
         else:
-            data = datasets.load_dataset(name, one)
+            data = _load_dataset(name, one)
         for split, part in (data if isinstance(data, dict) else {"train": data}).items():
             splits.setdefault(split, []).append(part)
     return splits
+
+
+def _load_dataset(name: str, config: str | None):
+    """`datasets.load_dataset`; of a data set that is a script, which datasets 4 refuses, the Hub's own copy.
+
+    That copy has a folder a config, "default" where there is one. Splits of which one's name begins with the
+    other's, "validation" and "validation_matched", come as one from it.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config)
+    except RuntimeError as error:
+        if "script" not in str(error).lower():
+            raise
+        try:
+            return datasets.load_dataset(name, data_dir=config or "default", revision=CONVERTED)
+        except (OSError, ValueError) as second:
+            raise OSError(f"{error}; its copy at {CONVERTED}: {second}") from error
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -132,6 +155,7 @@ def _rows(
     text_column: str | None,
     label_column: str,
     template: str | None,
+    system: str | None,
     pattern: str | None,
     labels: Mapping | None,
 ) -> list[Example]:
@@ -146,6 +170,7 @@ def _rows(
         try:
             label = row[label_column]
             text = row[text_column] if template is None else template.format_map(row)
+            asked = None if system is None else system.format_map(row)
         except KeyError as error:
             raise ValueError(f"there is no column {error}, only {', '.join(row)}") from error
         if text is None or label is None or label == -1 or (labels and label not in labels):
@@ -154,5 +179,6 @@ def _rows(
             label = labels[label]
         elif names and isinstance(label, int):
             label = names[label]
-        rows.append(Example(str(text), str(label)))
+        text = Prompt(str(text), asked) if asked else str(text)
+        rows.append(Example(text, str(label)))
     return rows

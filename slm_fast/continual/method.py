@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from slm_fast.answers import Prediction
-from slm_fast.config import CONFIG_NAME, SLMConfig
+from slm_fast.config import CONFIG_NAME, KEY_TRAINING, SLMConfig
 from slm_fast.continual.tasks import Example, Task
 from slm_fast.model import SLMModel, get_slm_model
 from slm_fast.routing import Routing
@@ -22,7 +22,7 @@ from slm_fast.trainer import SLMTrainer, last_checkpoint
 
 # Fields of the engine's config that every method takes over; the rest is how the engine retrieves.
 SHARED = ("r", "target_modules", "scaling", "entries_per_task", "top_k", "num_groups", "pooling", "backend")
-SHARED += ("head_init", "encoder_name_or_path", "encoder_max_length")
+SHARED += ("head_init", "encoder_name_or_path", "encoder_max_length", *KEY_TRAINING)
 
 
 class Method(ABC):

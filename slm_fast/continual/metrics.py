@@ -10,9 +10,11 @@ DEFINITIONS = {
     "forgetting_first": "first minus last: mean over i < T-1 of R[i][i] - R[T-1][i]",
     "backward_transfer": "mean over i < T-1 of R[T-1][i] - R[i][i] (divided by T-1)",
     "forward_transfer": "mean over i > 0 of R[i-1][i] - b[i], b = before learning (Lopez-Paz, 2017)",
-    "forward_transfer_single": "mean over i > 0 of R[i][i] - s[i], s = task i learnt alone and told",
+    "forward_transfer_single": "mean over i > 0 of R[i][i] - s[i], s = task i learnt alone and told, "
+    "by the method that is named as its reference",
 }
 SINGLE_TASK = ("per_task", "oracle")  # methods whose R[i][i] is the score of task i learnt alone and told
+REFERENCE = "forward_transfer_single_reference"  # which of them `forward_transfer_single` compares with
 
 
 def summarize(
@@ -49,13 +51,18 @@ def _mean_gain(scores: list[float | None], reference: list[float] | None) -> flo
     return sum(score - other for score, other in zip(scores, reference[1:], strict=True)) / len(scores)
 
 
-def single_task_scores(matrices: dict[str, Matrix]) -> list[float] | None:
-    """R[i][i] of the first of `SINGLE_TASK` among the methods' matrices; None if there is none."""
+def single_task_reference(matrices: dict[str, Matrix], init: str) -> tuple[str | None, list[float] | None]:
+    """The first of `SINGLE_TASK` among the methods' matrices and its R[i][i]; (None, None) if there is none.
+
+    init: `SLMConfig.init`; entries of "oracle" that did not start at zero were not learnt alone.
+    """
     for name in SINGLE_TASK:
         matrix = matrices.get(name)
-        if matrix and None not in (diagonal := [matrix[i][i] for i in range(len(matrix))]):
-            return diagonal
-    return None
+        if not matrix or (name == "oracle" and init != "zero"):
+            continue
+        if None not in (diagonal := [matrix[i][i] for i in range(len(matrix))]):
+            return name, diagonal
+    return None, None
 
 
 def merge_tasks(confusion: list[list[float]], names: list[str], groups: list[set[str]]) -> dict[str, float]:

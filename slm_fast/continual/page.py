@@ -29,6 +29,7 @@ from slm_fast.continual.tables import (
     probe_title,
     repeated_runs,
     seen_averages,
+    text_score_table,
 )
 
 CSS = """
@@ -128,6 +129,8 @@ def _run_section(run: dict, *, first: bool) -> list[str]:
     if drawn:
         out += _matrix_sections(tasks, drawn, metric)
     out += _routing_section(tasks, run.get("routing") or {})
+    if run.get("text_scores"):
+        out += ["<h3>Long answers</h3>", html_table(*text_score_table(run["text_scores"]))]
     if run.get("cost"):
         picture = svg_picture(lambda: draw_cost(run["cost"]), "what an answer and a task cost")
         out += ["<h3>Cost</h3>", _side(picture, html_table(*cost_table(run["cost"])))]

@@ -23,7 +23,7 @@ from slm_fast.continual.method import Method
 from slm_fast.continual.methods import METHODS, method_names
 from slm_fast.continual.metrics import DEFINITIONS, EVALUATED, merge_tasks, summarize
 from slm_fast.continual.report import write_report
-from slm_fast.continual.tasks import Task, same_labels, score
+from slm_fast.continual.tasks import Task, same_labels, score, text_scores, training_of
 from slm_fast.continual.trained import TrainedTasks
 from slm_fast.model import SLMModel
 from slm_fast.trainer import default_arguments
@@ -200,7 +200,8 @@ class ContinualRunner:
         for stage in range(len(self.state["rows"].get(method.name, ())), len(self.tasks)):
             skipped = method.last_only and stage < last
             if not skipped and not method.has_learnt(stage):
-                self._learn(method, stage)
+                with training_of(method.learnt_at(stage), self.args):
+                    self._learn(method, stage)
             scores = [[None] * len(self.tasks) if skipped else self._row(m, stage) for m in measured]
             for m, row in zip(measured, scores, strict=True):
                 self.state["rows"].setdefault(m.name, []).append(row)
@@ -243,6 +244,15 @@ class ContinualRunner:
 
     def _score(self, task: Task, answers: list[Prediction]) -> float:
         return score(task, [p.answer or "" for p in answers], [example.target for example in task.test])
+
+    def text_scores(self) -> dict[str, dict[str, float]]:
+        """The final answers of "slm" to tasks of long answers, by every metric of such."""
+        found = {}
+        for task in self.tasks:
+            answers = [prediction.answer or "" for prediction in self.final.get(task.name, ())]
+            if answers and (scores := text_scores(task, answers, [row.target for row in task.test])):
+                found[task.name] = scores
+        return found
 
     def routing_report(self) -> dict:
         """Confusion of true and chosen task, routing accuracy, and every entry's mean mass per task."""
@@ -384,6 +394,7 @@ class ContinualRunner:
                 "sources": {task.name: task.source for task in self.tasks},
             },
             "methods": methods,
+            "text_scores": self.text_scores(),
             "metrics_note": DEFINITIONS,
             **routed,
             "notes": [f"{method.label}: {method.note}" for method in self.methods.values() if method.note],
@@ -391,7 +402,8 @@ class ContinualRunner:
 
 
 def _digest(task: Task) -> str:
-    rows = json.dumps([[e.text, e.target] for e in task.train + task.test])
+    own = [task.training] if task.training else []
+    rows = json.dumps([row.content() for row in task.train + task.test] + own)
     return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 

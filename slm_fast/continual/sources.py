@@ -35,7 +35,8 @@ class Source:
     """A task's folder and file stem, its name on the Hub with the options of `load_hub_task`, and its prompt.
 
     local may hold `{seed}`, the draw.  hub None: nothing equal is known there.  prompt: see `as_text`.
-    shots: training rows of a class that are drawn from the Hub's.
+    shots: training rows of a class that are drawn from the Hub's.  metric: of generated answers, where it is
+    not the task's own.  options["system"]: what to do is kept apart from the text, see `prompts.Prompt`.
     """
 
     local: str
@@ -43,6 +44,7 @@ class Source:
     options: dict = field(default_factory=dict)
     prompt: str = "{text}"
     shots: int | None = None
+    metric: str | None = None
 
 
 def _numbered(names: Iterable[str], start: int = 0) -> dict[int, str]:
@@ -177,7 +179,7 @@ SOURCES = {
         "LinhDuong/chatdoctor-200k",
         dict(template="{instruction}\n{input}", label_column="output", generation=True),
     ),
-    "science_aux": Source("instruct/science_aux", None),
+    "science_aux": Source("instruct/science_aux", None),  # a part of MMLU's auxiliary_train without a name
     "medquad": Source(
         "instruct/medquad",
         "keivalya/MedQuad-MedicalQnADataset",
@@ -194,6 +196,15 @@ SOURCES = {
             generation=True,
         ),
     ),
+}
+# The paper's LLaMA tasks: its prompts (history has no instruction) and its scoring.
+_TWO_PARTS = dict(system="{instruction}", template="{input}")
+SOURCES |= {
+    "llama3/finance": replace(
+        SOURCES["finance"], options=SOURCES["finance"].options | _TWO_PARTS, metric="first_word"
+    ),
+    "llama3/history": replace(SOURCES["history"], metric="first_word"),
+    "llama3/medical": replace(SOURCES["medical"], options=SOURCES["medical"].options | _TWO_PARTS),
 }
 
 
@@ -228,23 +239,27 @@ def load_source(
     source, folder = SOURCES[key], data_folder(data)
     group, stem = source.local.format(seed=seed).split("/")
     if folder is not None and any((folder / group).glob(f"{stem}.train.jsonl*")):
-        (task,) = load_jsonl_tasks(folder / group, [stem])
+        (task,) = load_jsonl_tasks(folder / group, [stem], two_parts="system" in source.options)
     else:
         task = _from_hub(key, source, folder, max(HUB_ROWS, max_train or 0, max_test or 0), seed)
     task = replace(task, name=name or key.split("/")[-1]).subset(max_train, max_test, seed)
+    if source.metric is not None and task.labels is None:
+        task = replace(task, metric=source.metric)
     if generates is None:
         return task
     return as_text(task, source.prompt) if generates else as_classification(task)
 
 
 def _from_hub(key: str, source: Source, folder: Path | None, max_rows: int, seed: int) -> Task:
-    place = folder or "a data folder (none was given and SLM_FAST_DATA is not set)"
-    missing = f"task {key!r} is not in {place}"
+    group, stem = source.local.format(seed=seed).split("/")
+    missing = f"task {key!r} is not in a data folder (none was given and SLM_FAST_DATA is not set)"
+    if folder is not None:
+        missing = f"task {key!r} is not in {folder} ({group}/{stem}.train.jsonl[.gz])"
     if source.hub is None:
-        raise OSError(f"{missing}, and nothing equal is known on the Hub")
+        raise OSError(f"{missing}, and nothing equal is known on the Hub: it comes from a data folder only")
     try:
         task = load_hub_task(source.hub, **source.options, max_rows=max_rows, seed=seed)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loading script
+    except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: a loading script
         raise OSError(f"{missing}, and {source.hub} could not be loaded: {error}") from error
     if source.shots is not None:
         task.train = _few(task.train, source.shots, seed)

@@ -7,7 +7,7 @@ print, a mean over runs has its sample standard deviation behind it, and "-" sta
 import html
 import math
 
-from slm_fast.continual.metrics import single_task_scores, summarize
+from slm_fast.continual.metrics import REFERENCE, single_task_reference, summarize
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -73,13 +73,15 @@ def measured(run: dict) -> dict[str, dict]:
     single-task learning if a method among them learns and answers every task alone.
     """
     methods = run["methods"]
-    single = single_task_scores({name: method.get("matrix") for name, method in methods.items()})
+    matrices = {name: method.get("matrix") for name, method in methods.items()}
+    reference, single = single_task_reference(matrices, (run.get("settings") or {}).get("init", "zero"))
     accuracy = (run.get("routing") or {}).get("accuracy") or {}
     out = {}
     for name, method in methods.items():
         derived = {}
-        if single is not None and method.get("matrix"):
-            derived = {FORWARD: summarize(method["matrix"], single=single)[FORWARD]}
+        if single is not None and method.get("matrix") and method.get(FORWARD) is None:
+            forward = summarize(method["matrix"], single=single)[FORWARD]
+            derived = {} if forward is None else {FORWARD: forward, REFERENCE: reference}
         if name == "slm":
             derived["routing_accuracy"] = mean(list(accuracy.values()))
         new = {f: v for f, v in derived.items() if v is not None and method.get(f) is None}
@@ -193,6 +195,13 @@ def confusion_table(tasks: list[str], confusion: list[list[float]]) -> Table:
     return ["true task", *tasks], rows
 
 
+def text_score_table(scores: dict[str, dict[str, float]]) -> Table:
+    """A line per task of long answers: its final answers by every metric of such, in percent."""
+    metrics = list(dict.fromkeys(metric for found in scores.values() for metric in found))
+    rows = [[task, *(percent(found.get(metric)) for metric in metrics)] for task, found in scores.items()]
+    return ["final answers", *(metric.replace("_", " ") for metric in metrics)], rows
+
+
 def cost_table(cost: dict) -> Table:
     """A line per part of an answer, in milliseconds, and of a task, in megabytes."""
     rows = [[what, f"{value:.2f} ms"] for what, value in cost["milliseconds"].items()]
@@ -299,6 +308,8 @@ def sections(result: dict) -> list[tuple[str, Table]]:
         if (run.get("routing") or {}).get("confusion"):
             title = f"{name}. Routing: true task and the task with the largest weight"
             out.append((title, confusion_table(tasks, run["routing"]["confusion"])))
+        if run.get("text_scores"):
+            out.append((f"{name}. Long answers", text_score_table(run["text_scores"])))
         if run.get("cost"):
             out.append((f"{name}. Cost", cost_table(run["cost"])))
         if run.get("probes"):

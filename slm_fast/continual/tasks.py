@@ -1,7 +1,8 @@
 """Tasks as data: rows of (text, target), read from JSON lines, from the hub or from installed packages.
 
     classification: text -> label name, `Task.labels` fixes the order of the classes
-    generation:     text = the prompt, target = the completion, `Task.labels` is None
+    generation:     text = the prompt, a `Prompt` if it has two parts, target = the completion, `Task.labels`
+                    is None
 
 Anything wrong in a file raises a ValueError that names the file and the line.
 """
@@ -12,12 +13,15 @@ import random
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-METRICS = ("accuracy", "token_f1", "bertscore")
-TEXT_METRICS = METRICS[1:]  # of answers that are longer than a few words
+from slm_fast.prompts import Prompt
+
+METRICS = ("accuracy", "first_word", "token_f1", "bertscore")
+TEXT_METRICS = METRICS[2:]  # of answers that are longer than a few words
 GENERATION_FIELDS = (("instruction", "output"), ("input", "output"), ("prompt", "completion"))
 SPLIT_SEED = 0  # of the 80/20 split of data that came in one part
 HELD_OUT = 0.2
@@ -30,15 +34,26 @@ class Example:
     text: str
     target: str
 
+    def content(self) -> list[str]:
+        """What identifies the row: text and target, and the two parts of a `Prompt`."""
+        parts = [self.text.system, self.text.user] if isinstance(self.text, Prompt) else []
+        return [self.text, self.target, *parts]
+
 
 @dataclass
 class Task:
+    """Rows to learn from and to test on.
+
+    training: arguments of its own in place of the run's, by the names of `TrainingArguments`.
+    """
+
     name: str
     train: list[Example]
     test: list[Example]
     labels: list[str] | None = None
     source: str = ""
     metric: str = "accuracy"
+    training: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.metric not in METRICS:
@@ -56,6 +71,20 @@ class Task:
         train = _sample(self.train, max_train, f"{seed}/{self.name}/train", stratify=self.labels is not None)
         test = _sample(self.test, max_test, f"{seed}/{self.name}/test", stratify=self.labels is not None)
         return replace(self, train=train, test=test)
+
+
+@contextmanager
+def training_of(tasks: Sequence[Task], args) -> Iterator[None]:
+    """Inside, the `TrainingArguments` hold what all of these tasks have in `Task.training` with one value."""
+    shared = dict(set.intersection(*(set(task.training.items()) for task in tasks)))
+    kept = {name: getattr(args, name) for name in shared}
+    try:
+        for name, value in shared.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
 
 
 def _sample(rows: list[Example], limit: int | None, seed: str, *, stratify: bool) -> list[Example]:
@@ -106,12 +135,15 @@ def split_rows(
 # JSON lines
 
 
-def load_jsonl_tasks(directory: str | Path, names: Iterable[str] | None = None) -> list[Task]:
+def load_jsonl_tasks(
+    directory: str | Path, names: Iterable[str] | None = None, *, two_parts: bool = False
+) -> list[Task]:
     """The tasks of a folder: NAME.train.jsonl[.gz] and NAME.test.jsonl[.gz], or NAME.jsonl[.gz], split 80/20.
 
     A row is {"text", "label_text"} or {"text", "label"}, or, for generation, {"prompt", "completion"} or
     {"instruction", "input", "output"}. `index.json`, in the folder or its parent, names and orders the labels
     in tasks[NAME]["labels"]; else they are sorted. Without `names` every task comes, in alphabetical order.
+    two_parts: an instruction and its input stay apart, as a `Prompt`; else they are lines of one text.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -125,7 +157,7 @@ def load_jsonl_tasks(directory: str | Path, names: Iterable[str] | None = None) 
     for name in names:
         if name not in files:
             raise ValueError(f"no task {name!r} in {directory}, which has {', '.join(sorted(files))}")
-    return [_jsonl_task(name, files[name], _index_labels(directory, name)) for name in names]
+    return [_jsonl_task(name, files[name], _index_labels(directory, name), two_parts) for name in names]
 
 
 def _task_files(directory: Path) -> dict[str, dict[str, Path]]:
@@ -152,12 +184,12 @@ def _index_labels(directory: Path, name: str) -> list[str] | None:
     return None
 
 
-def _jsonl_task(name: str, parts: dict[str, Path], labels: list[str] | None) -> Task:
+def _jsonl_task(name: str, parts: dict[str, Path], labels: list[str] | None, two_parts: bool) -> Task:
     if "train" in parts:
         if "test" not in parts:
             raise ValueError(f"{parts['train']} has no {name}.test.jsonl[.gz] beside it")
-        train = _read_rows(parts["train"], labels)
-        test = _read_rows(parts["test"], labels)
+        train = _read_rows(parts["train"], labels, two_parts)
+        test = _read_rows(parts["test"], labels, two_parts)
         kinds, source = {train[0][2], test[0][2]}, parts["train"].parent
         if len(kinds) > 1:
             raise ValueError(f"{parts['train']} and {parts['test']} hold different kinds of rows")
@@ -170,7 +202,7 @@ def _jsonl_task(name: str, parts: dict[str, Path], labels: list[str] | None) -> 
                 )
         train, test = [row[1] for row in train], [row[1] for row in test]
     else:
-        rows = _read_rows(parts["all"], labels)
+        rows = _read_rows(parts["all"], labels, two_parts)
         is_classification, source = rows[0][2], parts["all"]
         if len(rows) < 2:
             raise ValueError(f"{parts['all']} has 1 row, which cannot be split into train and test")
@@ -196,7 +228,7 @@ def answer_metric(rows: list[Example]) -> str:
     return "accuracy" if words <= EXACT_WORDS else "token_f1"
 
 
-def _read_rows(path: Path, labels: list[str] | None) -> list[tuple[int, Example, bool]]:
+def _read_rows(path: Path, labels: list[str] | None, two_parts: bool) -> list[tuple[int, Example, bool]]:
     """(line number, example, is classification) of every row of the file, all of one kind."""
     rows: list[tuple[int, Example, bool]] = []
     for line, text in _lines(path):
@@ -207,7 +239,7 @@ def _read_rows(path: Path, labels: list[str] | None) -> list[tuple[int, Example,
             raise ValueError(f"{where}: invalid JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a row must be a JSON object, got {type(row).__name__}")
-        example, is_classification = _parse_row(row, labels, where)
+        example, is_classification = _parse_row(row, labels, where, two_parts)
         if rows and rows[0][2] != is_classification:
             raise ValueError(f"{where}: classification and generation rows in one file")
         rows.append((line, example, is_classification))
@@ -227,7 +259,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from error
 
 
-def _parse_row(row: dict, labels: list[str] | None, where: str) -> tuple[Example, bool]:
+def _parse_row(row: dict, labels: list[str] | None, where: str, two_parts: bool) -> tuple[Example, bool]:
     if "text" in row and ("label_text" in row or "label" in row):
         label = row.get("label_text")
         label = row.get("label") if label is None else label
@@ -240,7 +272,7 @@ def _parse_row(row: dict, labels: list[str] | None, where: str) -> tuple[Example
                 prompt = _string(row, "prompt", where)
             else:
                 parts = [_string(row, field, where) for field in ("instruction", "input") if row.get(field)]
-                prompt = "\n".join(parts)
+                prompt = Prompt(parts[1], parts[0]) if two_parts and len(parts) == 2 else "\n".join(parts)
             if not prompt.strip():
                 raise ValueError(f"{where}: the prompt is empty")
             return Example(prompt, _string(row, target_field, where)), False
@@ -348,8 +380,10 @@ def as_classification(task: Task) -> Task:
 def score(task: Task, predictions: list[str], targets: list[str]) -> float:
     """Mean over the rows, in [0, 1], by the task's metric.
 
-    accuracy: equal up to case and whitespace.  token_f1: harmonic mean of the words' precision and recall,
-    without case, punctuation and articles (SQuAD).  bertscore: see `bertscore.bert_scores`.
+    accuracy: equal up to case and whitespace.  first_word: the first words are equal, up to case and
+    punctuation, as the authors score LLaMA's answers, which may go on (they mind the case).  token_f1:
+    harmonic mean of the words' precision and recall, without case, punctuation and articles (SQuAD).
+    bertscore: see `bertscore.bert_scores`.
     """
     if len(predictions) != len(targets):
         raise ValueError(f"wanted one prediction per target, got {len(predictions)} for {len(targets)}")
@@ -359,12 +393,32 @@ def score(task: Task, predictions: list[str], targets: list[str]) -> float:
         from slm_fast.continual.bertscore import bert_scores
 
         return sum(bert_scores(predictions, targets)) / len(targets)
-    row_score = _token_f1 if task.metric == "token_f1" else _same_answer
+    row_score = {"token_f1": _token_f1, "first_word": _same_first_word}.get(task.metric, _same_answer)
     return sum(row_score(*pair) for pair in zip(predictions, targets, strict=True)) / len(targets)
 
 
 def _same_answer(prediction: str, target: str) -> float:
     return float(" ".join(prediction.lower().split()) == " ".join(target.lower().split()))
+
+
+def text_scores(task: Task, predictions: list[str], targets: list[str]) -> dict[str, float]:
+    """The scores of a task's long answers by all of `TEXT_METRICS`, none for a task with another metric.
+
+    BERTScore is left out where its encoder is not installed.
+    """
+    found = {}
+    for metric in TEXT_METRICS if task.metric in TEXT_METRICS else ():
+        try:
+            found[metric] = score(replace(task, metric=metric), predictions, targets)
+        except OSError:
+            if metric == task.metric:
+                raise
+    return found
+
+
+def _same_first_word(prediction: str, target: str) -> float:
+    guess, truth = (re.sub(r"[^\w\s]", " ", text.lower()).split()[:1] for text in (prediction, target))
+    return float(bool(guess) and guess == truth)
 
 
 def _token_f1(prediction: str, target: str) -> float:

@@ -70,7 +70,7 @@ class TrainedTasks:
 
 
 def _content(task: Task) -> list:
-    return [task.name, task.labels, [[row.text, row.target] for row in task.train]]
+    return [task.name, task.labels, [row.content() for row in task.train]]
 
 
 def _has_pool(folder: Path) -> bool:
