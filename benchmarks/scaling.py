@@ -15,7 +15,7 @@ fitted to the machine's own suite result with relative errors. Features are seco
 machine had while the point was measured: a CPU that others share is a third slower in some minutes. Every
 point is predicted with constants that were fitted to the other points of its phase, so the printed error is
 one of prediction. Memory is counted (`scaling_shapes.py`), nothing is fitted. For GPUs times are datasheet
-floors (`roofline.py`), which no kernel reaches: an H100's decoding takes 1.5 to 1.7 times as long.
+floors (`roofline.py`), which no kernel reaches; docs/scaling.md says by how much an H100 missed them.
 
 `scaling_shapes.py` counts, `scaling_features.py` says what is fitted, `scaling_ask.py` answers,
 `scaling_page.py` writes docs/scaling.md.
@@ -267,7 +267,10 @@ def run_ask(args: argparse.Namespace) -> int:
         where = scaling_ask.Card(args.card, args.dtype)
     else:
         result = load(args.suite)
-        where = scaling_ask.Measured.of(Machine.of(result, [*points(result)]), args.dtype)
+        result = result.get("suite", result)  # of a card's file
+        if not (measured := [*points(result)]):
+            raise SystemExit(f"{args.suite} has no cases of a CPU's pace; for a GPU there is --card")
+        where = scaling_ask.Measured.of(Machine.of(result, measured), args.dtype)
     print("\n".join(scaling_ask.answer(shape, pool, batch, where)))
     return 0
 

@@ -64,8 +64,16 @@ class Card:
     def memory(self) -> float:
         return self.device.memory
 
+    def cost(self, count: Count) -> Cost:
+        """Half of a mixture's products are tf32 ones, in fp32 all products are."""
+        tf32 = count.operations if self.dtype == "fp32" else count.mixture / 2
+        return Cost(count.bytes, 0, count.operations - tf32, tf32)
+
+    def floor(self, count: Count) -> float:
+        return self.device.floor(self.cost(count))
+
     def phases(self, shape: Shape, pool: Pool, batch: Batch) -> Iterator[Phase]:
-        """A task is added on the host. Half of a mixture's products are tf32 ones, in fp32 all are."""
+        """A task is added on the host."""
         for name, count in counts(shape, pool, batch):
             if name == features.ADD:
                 yield Phase(name, count, None, "on the host")
@@ -74,10 +82,9 @@ class Card:
                 seconds = search_floor(self.device, batch.rows, pool.entries, pool.dim)
                 yield Phase(name, count, seconds, "floor, bf16 keys")
                 continue
-            tf32 = count.operations if self.dtype == "fp32" else count.mixture / 2
-            cost = Cost(count.bytes, 0, count.operations - tf32, tf32)
-            bound = "memory" if count.bytes / self.device.hbm >= self.device.floor(cost) else "arithmetic"
-            yield Phase(name, count, self.device.floor(cost), f"floor, {bound}")
+            floor = self.floor(count)
+            bound = "memory" if count.bytes / self.device.hbm >= floor else "arithmetic"
+            yield Phase(name, count, floor, f"floor, {bound}")
 
 
 @dataclass(frozen=True)

@@ -288,11 +288,16 @@ def test_phases_cost_what_they_must():
     assert search.bytes == 2 * shapes.count_search(pool, 16).bytes
 
 
-def test_measured_memory_is_what_is_counted():
-    import contenders
+def test_pools_of_the_memory_benchmark_are_known():
     import scaling
 
+    contenders = pytest.importorskip("contenders", exc_type=ImportError)  # PEFT may want a newer transformers
     assert scaling.ENTRIES == contenders.ENTRIES
+
+
+def test_measured_memory_is_what_is_counted():
+    import scaling
+
     kept = scaling.memory_check([scaling.load(path) for path in (*scaling.MEMORY, SUITE)])
     assert len(kept) == 8
     for each in kept:
@@ -337,6 +342,13 @@ def test_the_page_is_what_the_stored_result_makes_of_it(capsys, monkeypatch, tmp
     ).stat().st_size > 10_000
 
 
+def test_a_card_is_slower_than_its_floors():
+    import scaling_page
+
+    rows = [line.split(" | ") for line in scaling_page.card_section() if " x " in line or " rows |" in line]
+    assert len(rows) >= 3 and all(1.0 < float(row[-1].rstrip(" |")) < 10.0 for row in rows)
+
+
 def lines_of(printed):
     """{what a line of `ask` begins with: the rest}"""
     return {line[:24].strip(): line[24:] for line in printed.splitlines()}
@@ -375,6 +387,14 @@ def test_ask_answers_for_a_measured_machine(capsys):
     assert "bf16 products take" in lines_of(printed)["prefill"]
     code, printed = run(capsys, *words, "--dtype", "fp16", "--suite", SUITE)
     assert "not measured" in lines_of(printed)["prefill"]
+
+
+def test_ask_refuses_a_result_without_a_pace(capsys, tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(a_result(lambda i: 1.0) | {"results": []}))
+    words = ("ask", "--model", "smol", "--entries", 64, "--suite", path)
+    assert "for a GPU there is --card" in run(capsys, *words)[0]
+    assert "three points" in run(capsys, "check", path)[0]
 
 
 def test_ask_leaves_out_what_a_model_does_not_do(capsys):
