@@ -3,9 +3,11 @@
 Uses the Python that runs it and installs nothing. A step that fails or runs out of time is recorded, makes
 the exit status 1, and does not stop the others. The results are `<card>.json` in the output folder, written
 after every step; what a step printed is in a log beside it (or in build/). While it runs, the benchmark of
-ops writes `<card>_ops.json`, which becomes part of `<card>.json` at its end; so does the models' suite.
+ops writes `<card>_ops.json`, which becomes part of `<card>.json` at its end; so do the sections of the suite.
+A tool that is not there is named and its step skipped; with --require that is a failure.
 
     make gpu-check                 or   python3 benchmarks/gpu_check.py [--quick] [--output DIR]
+    where tools must be there, as in CI:    --require nvcc,sanitizer
     where a command may take ten minutes:   --steps build,tests --limit 570, then --steps build,bench
 """
 
@@ -22,12 +24,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("build", "tests", "kernels", "sanitizer", "model", "bench")
+STEPS = ("build", "tests", "kernels", "sanitizer", "model", "search", "mixture", "bench")
+TOOLS = ("nvcc", "sanitizer")
 LIMITS = {
     "build": 300,
     "gpu tests": 420,
@@ -35,7 +38,11 @@ LIMITS = {
     "kernel tests": 420,
     "memcheck": 120,
     "racecheck": 120,
+    "memcheck mixture": 240,
+    "memcheck fused_linear": 240,
     "model": 400,
+    "search": 120,
+    "mixture": 120,
     "bench": 540,
 }
 QUICK_BENCH = 150  # seconds
@@ -66,6 +73,12 @@ for num_queries, num_keys, dim, dtype in ((9, 1000, 96, torch.bfloat16), (3, 600
 torch.cuda.synchronize()
 print("searched without a fault of its own")
 """
+# Tests of sizes at which every mask counts, and what the names of their kernels have in common.
+MEMCHECKED = [
+    f"tests/test_gpu.py::test_bf16_odd_sizes[{op}-(12,1,8,3)]"
+    for op in ("mixture", "segment_linear", "fused_linear")
+]
+KERNELS = ("mixture", "fused_linear")
 REFUSED = re.compile(r"[Dd]evice not supported|not supported on this device|error 999|Failed to initialize")
 
 
@@ -150,8 +163,16 @@ def find_tool(name: str) -> str | None:
 class Check:
     """A run: where results go, and the time that is left."""
 
-    def __init__(self, folder: Path, card: str, log: Path, limit: float | None = None, **description) -> None:
-        self.path, self.log = folder / f"{card}.json", log
+    def __init__(
+        self,
+        folder: Path,
+        card: str,
+        log: Path,
+        limit: float | None = None,
+        required: Sequence[str] = (),
+        **description,
+    ) -> None:
+        self.path, self.log, self.required = folder / f"{card}.json", log, required
         self.partial = folder / f"{card}_ops.json"
         self.end = None if limit is None else time.monotonic() + limit
         self.results: list[Result] = []
@@ -174,6 +195,10 @@ class Check:
         self.record |= sections
         self.write()
         print(f"{result.name}: {result.status} after {result.seconds:.0f} s. {result.detail}", flush=True)
+
+    def without(self, tool: str) -> str:
+        """The status of a step that one of `TOOLS` did not do."""
+        return "failed" if tool in self.required else "skipped"
 
     def limit(self, name: str, seconds: float | None = None) -> float:
         """Seconds that a step may take; 0: there is no time left for it."""
@@ -213,7 +238,7 @@ def extension(check: Check) -> tuple[bool, str]:
         return True, "built with CUDA"
     if find_tool("nvcc"):
         return False, "built without CUDA though nvcc is there"
-    return True, "built without nvcc; CuPy compiles the key search at first use"
+    return "nvcc" not in check.required, "built without nvcc; CuPy compiles the key search at first use"
 
 
 def build(check: Check, quick: bool) -> None:
@@ -273,46 +298,94 @@ def kernels(check: Check, quick: bool) -> None:
     check.command("kernel tests", pytest_command(True, "-m", "not gpu", *files), judge_tests)
 
 
-def judge_sanitizer(outcome: Outcome) -> tuple[str, str]:
+def judge_sanitizer(outcome: Outcome, ran: bool, refused: str = "skipped") -> tuple[str, str]:
+    """ran: whether what was to be watched came to its end; refused: the status where the device refuses."""
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", outcome.output)
     detail = summary[-1] if summary else last_lines(outcome.output, 1)
-    if outcome.status == 0 and summary and "searched without" in outcome.output:
+    if outcome.status == 0 and summary and ran:
         return "ok", detail
-    if refused := REFUSED.search(outcome.output):
-        return "skipped", f"device refused: {refused[0]}"
+    if why := REFUSED.search(outcome.output):
+        return refused, f"device refused: {why[0]}"
     return "failed", detail
 
 
 def sanitizer(check: Check, quick: bool) -> None:
-    tool = find_tool("compute-sanitizer")
-    for name in ("memcheck", "racecheck"):
-        if tool is None:
-            check.add(Result(name, "skipped", 0.0, "compute-sanitizer is not installed"))
-            continue
-        # PyTorch probes for things that are not there: such errors of the API are not ours.
-        of_api = ["--report-api-errors", "no"] if name == "memcheck" else []
-        ours = ["--kernel-regex", "kns=key_search", "--error-exitcode", "9"]
-        command = [tool, "--tool", name, *of_api, *ours, sys.executable, "-c", SEARCH]
-        # Without its caching allocator, PyTorch's allocations have ends that memcheck knows.
-        check.command(name, command, judge_sanitizer, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    """The CUDA key search, then Triton's kernels, by their tests."""
+    sanitized(check, "memcheck", "memcheck", "key_search", [sys.executable, "-c", SEARCH])
+    sanitized(check, "racecheck", "racecheck", "key_search", [sys.executable, "-c", SEARCH])
+    for name in KERNELS:
+        sanitized(check, f"memcheck {name}", "memcheck", f"_{name}_", pytest_command(False, *MEMCHECKED))
+
+
+def sanitized(check: Check, name: str, checker: str, kernel: str, watched: list[str]) -> None:
+    """A command under compute-sanitizer, which watches kernels with `kernel` in their name."""
+    tool, unable = find_tool("compute-sanitizer"), check.without("sanitizer")
+    if tool is None:
+        check.add(Result(name, unable, 0.0, "compute-sanitizer is not installed"))
+        return
+
+    def judge(outcome: Outcome) -> tuple[str, str]:
+        passed = counts(outcome.output).get("passed", 0) == len(MEMCHECKED)
+        return judge_sanitizer(outcome, passed or "searched without" in outcome.output, unable)
+
+    # PyTorch probes for things that are not there: such errors of the API are not ours.
+    of_api = ["--report-api-errors", "no"] if checker == "memcheck" else []
+    ours = ["--kernel-regex", f"kns={kernel}", "--error-exitcode", "9"]
+    command = [tool, "--tool", checker, *of_api, *ours, *watched]
+    # Without its caching allocator, PyTorch's allocations have ends that memcheck knows.
+    check.command(name, command, judge, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def model(check: Check, quick: bool) -> None:
     """Whole models, as the suite measures them."""
-    folder = ROOT / "build" / "suite"
+    suite_section(check, "model", quick)
+
+
+def search(check: Check, quick: bool) -> None:
+    """The suite's key searches, in its quick mode."""
+    suite_section(check, "search", True)
+
+
+def mixture(check: Check, quick: bool) -> None:
+    """The suite's mixtures of a linear, in its quick mode."""
+    suite_section(check, "mixture", True)
+
+
+def suite_section(check: Check, section: str, quick: bool) -> None:
+    """A section of the suite; its cases take the place of earlier ones in the record's "suite"."""
+    folder = ROOT / "build" / "suite" / section
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / "suite.json"
     written.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks", "model", "--device", "cuda", "--output", str(folder)]
+    command = [sys.executable, "-m", "benchmarks", section, "--device", "cuda", "--output", str(folder)]
 
     def judge(outcome: Outcome) -> tuple[str, str]:
         print("\n".join(line for line in outcome.output.splitlines() if "arning" not in line))
+        measured = {}
         with contextlib.suppress(OSError, ValueError):
-            check.record["suite"] = json.loads(written.read_text(encoding="utf8"))
-        measured = check.record.get("suite", {}).get("results", [])
-        return ("ok" if outcome.status == 0 else "failed"), f"{len(measured)} cases"
+            measured = json.loads(written.read_text(encoding="utf8"))
+            check.record["suite"] = merged(check.record.get("suite", {}), measured, section)
+        cases = len(measured.get("results", []))
+        return ("ok" if outcome.status == 0 else "failed"), f"{cases} cases"
 
-    check.command("model", [*command, *(["--quick"] if quick else [])], judge)
+    check.command(section, [*command, *(["--quick"] if quick else [])], judge)
+
+
+def merged(suite: dict, measured: dict, section: str) -> dict:
+    """The suite's result with one section measured anew. `quick` says it of each section."""
+    kept = [record for record in suite.get("results", []) if record["section"] != section]
+    aims = [target for target in suite.get("targets", []) if not target["what"].startswith(section)]
+    parts = {name: suite.get(name, {}) for name in ("seconds", "failed", "quick")}
+    parts["quick"] = parts["quick"] if isinstance(parts["quick"], dict) else {"model": parts["quick"]}
+    parts = {name: {k: v for k, v in part.items() if k != section} for name, part in parts.items()}
+    parts["quick"] |= {section: measured["quick"]}
+    return measured | {
+        "results": kept + measured["results"],
+        "targets": aims + measured["targets"],
+        "seconds": parts["seconds"] | measured["seconds"],
+        "failed": parts["failed"] | measured["failed"],
+        "quick": parts["quick"],
+    }
 
 
 def bench(check: Check, quick: bool) -> None:
@@ -369,6 +442,13 @@ def choose_steps(text: str) -> list[str]:
     return [name for name in STEPS if name in steps]
 
 
+def choose_tools(text: str) -> list[str]:
+    tools = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in tools if name not in TOOLS]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(TOOLS)}")
+    return tools
+
+
 def perform(check: Check, steps: list[Callable[[Check, bool], None]], quick: bool) -> bool:
     """Run the steps, whatever happens to each; whether all were good."""
     for step in steps:
@@ -380,9 +460,9 @@ def perform(check: Check, steps: list[Callable[[Check, bool], None]], quick: boo
 
 
 def report(check: Check, good: bool) -> None:
-    print(f"\n{'step':14}{'status':12}{'seconds':>8}  detail")
+    print(f"\n{'step':24}{'status':12}{'seconds':>8}  detail")
     for result in check.results:
-        print(f"{result.name:14}{result.status:12}{result.seconds:8.0f}  {result.detail[:200]}")
+        print(f"{result.name:24}{result.status:12}{result.seconds:8.0f}  {result.detail[:200]}")
     steps = {result.name: result.status for result in check.results}
     summary = {"ok": good, "card": check.record["card"], "steps": steps, "file": str(check.path)}
     print(json.dumps(summary), flush=True)
@@ -391,6 +471,9 @@ def report(check: Check, good: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=choose_steps, default=list(STEPS), help=",".join(STEPS))
+    parser.add_argument(
+        "--require", type=choose_tools, default=[], help=f"tools that must be there: {','.join(TOOLS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="a benchmark of one minute")
     parser.add_argument("--output", type=Path, help="default: $OUT, else benchmarks/results")
     parser.add_argument("--limit", type=float, help="seconds for everything together")
@@ -404,7 +487,7 @@ def main() -> None:
     for needed in (folder, log.parent):
         needed.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
-    check = Check(folder, card, log, args.limit, **description)
+    check = Check(folder, card, log, args.limit, args.require, **description)
     known = {name: globals()[name] for name in STEPS}
     good = perform(check, [known[name] for name in args.steps], args.quick)
     report(check, good)

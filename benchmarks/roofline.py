@@ -43,6 +43,7 @@ class Device:
     tensor: float  # operations/s
     vector: float  # operations/s
     table: str  # of plans
+    memory: float  # bytes
 
     @property
     def dependent_launch(self) -> bool:
@@ -65,10 +66,10 @@ class Device:
 
 
 DEVICES = {
-    "A100": Device("A100 SXM 80GB", 2.04e12, 312e12, 19.5e12, "sm_80"),
-    "H100": Device("H100 SXM", 3.35e12, 989e12, 67e12, "sm_90"),
-    "H200": Device("H200", 4.8e12, 989e12, 67e12, "sm_90"),
-    "B200": Device("B200", 8e12, 2250e12, 75e12, "sm_100"),
+    "A100": Device("A100 SXM 80GB", 2.04e12, 312e12, 19.5e12, "sm_80", 80e9),
+    "H100": Device("H100 SXM", 3.35e12, 989e12, 67e12, "sm_90", 80e9),
+    "H200": Device("H200", 4.8e12, 989e12, 67e12, "sm_90", 141e9),
+    "B200": Device("B200", 8e12, 2250e12, 75e12, "sm_100", 180e9),
 }
 
 

@@ -1,12 +1,17 @@
 """docs/scaling.md: what the scaling model answers, with its plot and its check."""
 
+import difflib
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from roofline import DEVICES
-from scaling import SHAPES, TOLERANCE, Checked, Machine, Pool, tasks_that_fit
+from scaling import RESULTS, TOLERANCE, Checked, Kept, Machine, check, load
+from scaling_ask import Card
+from scaling_features import ADD, SEARCH
+from scaling_shapes import LEARNT_BYTES, SHAPES, Batch, Pool, count_prefill, count_step, tasks_that_fit
 from units import amount, duration
 
 from slm_fast.continual.pictures import new_figure
@@ -15,6 +20,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 GB = 1e9
 LINK = 64e9  # bytes/s between host and card, PCIe 5 x16 by its standard
 SIZES = (100, 1000, 10_000, 100_000, 1_000_000)
+HOST = 0.9e12  # bytes of a host of 1 TB that are used
+CARD_ENTRIES = 12  # of the pools in suite/gpu_model.py
+CACHED = 8 * 2048  # tokens: 8 rows of 2,048
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -37,10 +45,12 @@ def costs_section() -> list[str]:
 
 
 def fit_section() -> list[str]:
-    rows = []
+    rows, smol, llama = [], SHAPES["smol"], SHAPES["llama7b"]
+    cache = llama.cache(CACHED, 2)
+    beside = f"base and {amount(cache)} of keys and values (8 rows of 2,048 tokens) beside"
     for key, memory, where in (
-        ("smol", 24e9 - 0.3e9, "one host of 24 GB, the base beside"),
-        ("llama7b", 80e9 - 13.5e9 - 8e9, "one card of 80 GB, base and 8 GB of cache beside"),
+        ("smol", 24e9 - 2 * smol.numbers, "one host of 24 GB, the base beside"),
+        ("llama7b", 80e9 - 2 * llama.numbers - cache, f"one card of 80 GB, {beside}"),
         ("llama7b", 1e12, "one host of 1 TB, entries in use in slots of its card"),
         ("llama7b", 16e12, "16 such hosts"),
         ("llama70b", 16e12, "16 such hosts"),
@@ -74,11 +84,38 @@ Times are predictions for {machine.name}; beyond the measured sizes they are ext
     return [*text.splitlines(), "", *table(header, rows)]
 
 
+def fleet(entries: int, key: str = "llama7b") -> int:
+    """Hosts that hold so many entries."""
+    return max(1, math.ceil(Pool(entries).memory(SHAPES[key]) / HOST))
+
+
+def batch_section() -> list[str]:
+    shape, pool, batch = SHAPES["llama7b"], Pool(10_000), Batch(8, 512, 128, 4, 32)
+    rows = [
+        [
+            phase.name,
+            amount(phase.count.bytes),
+            f"{phase.count.operations:.3g}",
+            "-" if phase.seconds is None else duration(phase.seconds),
+            phase.note,
+        ]
+        for phase in Card("H100", "bf16").phases(shape, pool, batch)
+    ]
+    learnt = LEARNT_BYTES * pool.learnt(shape)
+    text = f"""## What a batch costs
+
+8 rows of 512 tokens, then 128 new ones each, 4 of 10,000 entries a row, LLaMA-2-7B in bf16 on an H100: floors
+by its datasheet, which no kernel reaches. The decoding step is the last one; the training step learns one
+task with the same batch, and keeps {amount(learnt)} of factors, gradients and moments.
+`python benchmarks/scaling.py ask` answers for other models, pools, batches, cards, and for measured machines.
+"""
+    return [*text.splitlines(), "", *table(["phase", "bytes", "operations", "time", "note"], rows)]
+
+
 def fleet_section() -> list[str]:
-    shape, rows = SHAPES["llama7b"], []
+    rows = []
     for entries in SIZES:
-        pool, host = Pool(entries), 0.9e12
-        hosts = max(1, math.ceil(pool.memory(shape) / host))
+        pool, hosts = Pool(entries), fleet(entries)
         scanned = entries / hosts * pool.dim * 2
         rows.append([f"{entries:,}", str(hosts), amount(pool.index), duration(scanned / DEVICES["H100"].hbm)])
     text = """## A fleet
@@ -91,63 +128,133 @@ with one H100; the search is its floor at the datasheet's bandwidth, bf16 keys; 
     return [*text.splitlines(), "", *table(header, rows)]
 
 
-def check_section(machine: Machine, checked: Sequence[Checked]) -> list[str]:
-    rows = []
+def check_section(machine: Machine, checked: Sequence[Checked], kept: Sequence[Kept]) -> list[str]:
+    rows, apart = [], check(machine.measured, whole=True)
     for phase in dict.fromkeys(c.point.phase for c in checked):
         found = [c for c in checked if c.point.phase == phase]
         errors, within = [abs(c.error) for c in found], sum(c.within for c in found)
         median, worst = f"{statistics.median(errors):.0%}", f"{max(errors):.0%}"
-        rows.append([phase, str(len(found)), median, worst, f"{within} of {len(found)}"])
-    header = ["phase", "points", "median error", "largest", f"within {TOLERANCE:.0%}"]
-    words = f"Every measured point of {machine.name}, predicted from the others of its phase."
-    return ["## The check", "", words, "", *table(header, rows)]
+        strict = sum(c.within for c in apart if c.point.phase == phase)
+        rows.append([phase, str(len(found)), median, worst, f"{within} of {len(found)}", str(strict)])
+    within, strict = (sum(c.within for c in found) for found in (checked, apart))
+    rows.append(["all", str(len(checked)), "", "", f"{within} of {len(checked)}", str(strict)])
+    header = ["phase", "points", "median error", "largest", f"within {TOLERANCE:.0%}", "case left out"]
+    words = f"""Every measured point of {machine.name}, predicted from the others of its phase. A model's
+case gives two points, pool on and off; in the last column neither has the other to learn from."""
+    lines = ["## The check", "", *words.splitlines(), "", *table(header, rows)]
+    counts = {phase: sum(p.phase == phase for p in machine.measured) for phase in machine.constants}
+    few = [f"{phase} ({count})" for phase, count in counts.items() if count < 3]
+    if few:
+        lines += [f"Unchecked, with fewer than three points: {', '.join(few)}.", ""]
+    rows = [[k.name, amount(k.measured), amount(k.predicted), f"{k.error:+.1%}"] for k in kept]
+    words = """Memory, counted from shapes: the pool's factors against those of a real pool, and against all
+that is resident above the frozen model, by `benchmarks/bench_memory.py` and the suite. What lies there beside
+the factors, buffers of the engine, is not counted."""
+    return [*lines, *words.splitlines(), "", *table(["memory", "measured", "counted", "error"], rows)]
+
+
+def card_section(name: str = "H100", file: str = "nvidia_h100_80gb_hbm3.json") -> list[str]:
+    """What a card took for whole models, over its floors."""
+    suite, shape, pool = load(RESULTS / file)["suite"], SHAPES["llama7b"], Pool(4)
+    rows = []
+    for record in suite["results"]:
+        axes, found = record["axes"], record["contenders"][record["ours"]]
+        if axes.get("kind") not in ("decode", "prefill") or "seconds" not in found:
+            continue
+        distinct = axes.get("distinct", min(CARD_ENTRIES, 2 * axes["rows"]))
+        batch = Batch(axes["rows"], axes.get("tokens", axes.get("context", 0)), 0, 2, distinct)
+        if axes["kind"] == "decode":
+            count = count_step(shape, pool, replace(batch, new=1))
+        else:
+            count = count_prefill(shape, pool, batch)
+        floor = Card(name, "bf16").floor(count)
+        times = duration(found["seconds"]), duration(floor), f"{found['seconds'] / floor:.2f}"
+        rows.append([record["case"], *times])
+    words = f"Measured on {suite['machine']['card']}, every row its own mixture of two; nothing is fitted."
+    header = ["case", "measured", "floor", "measured / floor"]
+    return ["## A card against its floors", "", words, "", *table(header, rows)]
+
+
+def panel(axes, title: str, y_label: str) -> None:
+    axes.set(xscale="log", yscale="log", xlabel="entries", ylabel=y_label, title=title)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(color="#e3e7eb", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_times(axes, machine: Machine, sizes: Sequence[int]) -> None:
+    """Predicted for a machine at its usual pace, with the measured points."""
+    for dim, colour, dash in ((384, "#0072B2", "-"), (2688, "#56B4E9", "--")):
+        times = [1e3 * machine.search(Pool(size, dim=dim)) for size in sizes]
+        axes.plot(sizes, times, color=colour, linestyle=dash, label=f"search, one query of {dim:,}")
+        found = [p for p in machine.measured if p.phase == SEARCH]
+        found = [p for p in found if (p.axes["queries"], p.axes["dim"]) == (1, dim)]
+        axes.plot([p.axes["keys"] for p in found], [1e3 * p.seconds for p in found], "o", color=colour)
+    times = [1e3 * machine.add(Pool(size)) for size in sizes]
+    axes.plot(sizes, times, color="#D55E00", label="adding a task, 2,688 wide")
+    found = [p for p in machine.measured if p.phase == ADD]
+    axes.plot([p.axes["keys"] for p in found], [1e3 * p.seconds for p in found], "o", color="#D55E00")
+    panel(axes, "Time on a CPU; points are measured", "milliseconds")
+
+
+def draw_memory(axes, sizes: Sequence[int]) -> None:
+    pools = [Pool(size) for size in sizes]
+    for shape, colour in ((SHAPES["smol"], "#009E73"), (SHAPES["llama7b"], "#CC79A7")):
+        memory = [pool.memory(shape) / GB for pool in pools]
+        axes.plot(sizes, memory, color=colour, label=f"{shape.name}: all")
+    axes.plot(sizes, [p.statistics / GB for p in pools], color="#555555", linestyle="--", label="statistics")
+    axes.plot(sizes, [p.index / GB for p in pools], color="#E69F00", linestyle=":", label="keys")
+    for size, words in ((24, "24 GB"), (1000, "1 TB host"), (16_000, "16 hosts")):
+        axes.axhline(size, color="#c8ced4", linewidth=1)
+        axes.text(sizes[0], size * 1.1, words, fontsize=7, color="#5a6672")
+    panel(axes, "Memory, rank 8, all linears, bf16", "GB")
+
+
+def draw_fleet(axes, sizes: Sequence[int]) -> None:
+    for key, colour in (("smol", "#009E73"), ("llama7b", "#CC79A7"), ("llama70b", "#0072B2")):
+        hosts = [fleet(size, key) for size in sizes]
+        axes.plot(sizes, hosts, color=colour, drawstyle="steps-post", label=SHAPES[key].name)
+    panel(axes, "A fleet: hosts of 1 TB", "hosts")
 
 
 def draw(machine: Machine, path: Path) -> None:
-    """Search, adding a task and memory against the pool's size."""
-    figure = new_figure(9.6, 3.8)
-    left, right = figure.subplots(1, 2)
+    """Search, adding a task, memory and hosts against the pool's size."""
+    figure = new_figure(13.2, 3.8)
+    times, memory, hosts = figure.subplots(1, 3)
     sizes = [round(10 ** (power / 4)) for power in range(8, 25)]
-    pools = [Pool(size) for size in sizes]
-    left.plot(
-        sizes, [1e3 * machine.search(pool) for pool in pools], color="#0072B2", label="search, one query"
-    )
-    left.plot(sizes, [1e3 * machine.add(pool) for pool in pools], color="#D55E00", label="adding a task")
-    left.set(
-        xscale="log", yscale="log", xlabel="entries", ylabel="milliseconds", title="2,688-wide queries, CPU"
-    )
-    for shape, colour in ((SHAPES["smol"], "#009E73"), (SHAPES["llama7b"], "#CC79A7")):
-        memory = [pool.memory(shape) / GB for pool in pools]
-        right.plot(sizes, memory, color=colour, label=f"{shape.name}: all")
-    right.plot(sizes, [p.statistics / GB for p in pools], color="#555555", linestyle="--", label="statistics")
-    right.plot(sizes, [p.index / GB for p in pools], color="#E69F00", linestyle=":", label="keys")
-    for size, words in ((24, "24 GB"), (1000, "1 TB host"), (16_000, "16 hosts")):
-        right.axhline(size, color="#c8ced4", linewidth=1)
-        right.text(sizes[0], size * 1.1, words, fontsize=7, color="#5a6672")
-    right.set(
-        xscale="log", yscale="log", xlabel="entries", ylabel="GB", title="Memory, rank 8, all linears, bf16"
-    )
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(color="#e3e7eb", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+    draw_times(times, machine, sizes)
+    draw_memory(memory, sizes)
+    draw_fleet(hosts, sizes)
     figure.savefig(path, dpi=140, metadata={"Software": None})
 
 
-def document(machine: Machine, checked: Sequence[Checked], command: str) -> str:
+def document(machine: Machine, checked: Sequence[Checked], kept: Sequence[Kept], command: str) -> str:
     head = f"""# How it scales
 
-Written by `{command}`: bytes and operations
-are counted from shapes, a machine's few constants a phase are fitted to its suite result, in seconds at the
-pace that memory and arithmetic had while a case was measured. The formulas are in `benchmarks/scaling.py`.
+Bytes and operations are counted from shapes; a machine's few constants a phase are fitted to its suite
+result, in seconds at the pace that memory and arithmetic had while a case was measured. The formulas are in
+`benchmarks/scaling_shapes.py` and `benchmarks/scaling_features.py`. This page and its plot are written by
 
-![time and memory against the number of entries](scaling.png)
+    {command}
+
+![time, memory and hosts against the number of entries](scaling.png)
 """
     lines = [*head.splitlines(), "", *costs_section(), *fit_section(), *adapter_section(machine)]
-    return "\n".join([*lines, *fleet_section(), *check_section(machine, checked)]).rstrip() + "\n"
+    lines += [*fleet_section(), *batch_section(), *check_section(machine, checked, kept), *card_section()]
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def write(machine: Machine, checked: Sequence[Checked], command: str) -> None:
-    """The page and its plot, for a machine."""
-    (DOCS / "scaling.md").write_text(document(machine, checked, command), encoding="utf8")
+def write(machine: Machine, page: str) -> None:
+    """The page, and its plot for a machine."""
+    (DOCS / "scaling.md").write_text(page, encoding="utf8")
     draw(machine, DOCS / "scaling.png")
+
+
+def compare(page: str) -> int:
+    """Prints how docs/scaling.md differs from what it should be; the exit status."""
+    there = (DOCS / "scaling.md").read_text(encoding="utf8")
+    changes = difflib.unified_diff(
+        there.splitlines(), page.splitlines(), "docs/scaling.md", "wanted", "", "", 0
+    )
+    print("\n".join([*changes]) or "docs/scaling.md is what the result makes of it")
+    return int(there != page)

@@ -174,8 +174,9 @@ def test_reads_what_pytest_prints(gpu_check, tmp_path):
 
 
 def test_reads_what_the_sanitizer_prints(gpu_check):
-    def judged(status, output):
-        return gpu_check.judge_sanitizer(gpu_check.Outcome(status, 1.0, output))
+    def judged(status, output, *unable):
+        ran = "searched without" in output
+        return gpu_check.judge_sanitizer(gpu_check.Outcome(status, 1.0, output), ran, *unable)
 
     done = "searched without a fault of its own\n"
     assert judged(0, done + "========= ERROR SUMMARY: 0 errors") == ("ok", "ERROR SUMMARY: 0 errors")
@@ -185,6 +186,66 @@ def test_reads_what_the_sanitizer_prints(gpu_check):
     assert judged(0, "========= ERROR SUMMARY: 0 errors")[0] == "failed"
     assert judged(0, done)[0] == "failed"
     assert judged(1, "Error: Device not supported.")[0] == "skipped"
+    assert judged(1, "Error: Device not supported.", "failed")[0] == "failed"
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> {calls}
+case "$*" in
+  *pytest*) echo "===== {passed} passed in 1.0s =====" ;;
+  *) echo "searched without a fault of its own" ;;
+esac
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.mark.parametrize("passed", [3, 2])
+def test_the_sanitizer_watches_the_search_and_tritons_kernels(
+    gpu_check, check, monkeypatch, tmp_path, passed
+):
+    """A sanitizer that only says what it is told to run; kernels' tests must all have run."""
+    tool, calls = tmp_path / "compute-sanitizer", tmp_path / "calls"
+    tool.write_text(SANITIZER.format(calls=calls, passed=passed))
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name: str(tool))
+    gpu_check.sanitizer(check, True)
+    good = "ok" if passed == 3 else "failed"
+    statuses = {result.name: result.status for result in check.results}
+    assert statuses == {
+        "memcheck": "ok",
+        "racecheck": "ok",
+        "memcheck mixture": good,
+        "memcheck fused_linear": good,
+    }
+    lines = [line for line in calls.read_text().splitlines() if line.startswith("--tool")]
+    watched = ["key_search", "key_search", "_mixture_", "_fused_linear_"]
+    assert [line.split("kns=")[1].split()[0] for line in lines] == watched
+    assert all(name in lines[2] for name in gpu_check.MEMCHECKED)
+
+
+def test_what_the_sanitizer_watches_is_there(gpu_check):
+    """The tests by their names; kernels whose names contain the words that are looked for."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    command += gpu_check.MEMCHECKED
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "3 tests collected" in run.stdout, run.stdout + run.stderr
+    sources = "".join(path.read_text() for path in (ROOT / "slm_fast" / "kernels").glob("*.py"))
+    for name in gpu_check.KERNELS:
+        assert f"def _{name}_" in sources
+
+
+def test_a_tool_that_is_not_there_fails_where_it_is_required(gpu_check, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name: None)
+    monkeypatch.setattr(gpu_check, "run", lambda *args: gpu_check.Outcome(0, 1.0, "CUDA False"))
+    for required, status in (((), "skipped"), (("nvcc", "sanitizer"), "failed"), (("nvcc",), "skipped")):
+        check = gpu_check.Check(tmp_path, "a_card", tmp_path / "log", None, required)
+        assert gpu_check.extension(check)[0] == ("nvcc" not in required)
+        gpu_check.sanitizer(check, True)
+        assert [result.status for result in check.results] == [status] * 4
+        assert {result.detail for result in check.results} == {"compute-sanitizer is not installed"}
+    assert gpu_check.choose_tools(" sanitizer,nvcc") == ["sanitizer", "nvcc"]
+    with pytest.raises(Exception, match="unknown: gcc; known: nvcc, sanitizer"):
+        gpu_check.choose_tools("gcc")
 
 
 def test_the_search_under_the_sanitizer_is_a_call_that_runs(gpu_check):
@@ -201,19 +262,45 @@ def test_the_search_under_the_sanitizer_is_a_call_that_runs(gpu_check):
     assert run.returncode == 0 and "searched without" in run.stdout, run.stderr
 
 
-def test_the_models_are_recorded(gpu_check, check, monkeypatch, tmp_path, capsys):
-    """A suite that writes two cases and then fails."""
+def test_sections_of_the_suite_are_recorded(gpu_check, check, monkeypatch, tmp_path, capsys):
+    """A suite that writes two cases of its section; in `model` it then fails."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__main__.py").write_text(
-        "import sys, pathlib\n"
-        "path = pathlib.Path(sys.argv[sys.argv.index('--output') + 1]) / 'suite.json'\n"
-        "path.write_text('{\"results\": [1, 2]}'); print(*sys.argv[1:]); raise SystemExit(1)\n"
+        "import json, os, sys, pathlib\n"
+        "path, name = pathlib.Path(sys.argv[sys.argv.index('--output') + 1]) / 'suite.json', sys.argv[1]\n"
+        "cases = [{'section': name, 'case': i, 'pid': os.getpid()} for i in range(2)]\n"
+        "failed = {name: 'why'} if name == 'model' else {}\n"
+        "result = dict(results=cases, targets=[{'what': name + ', 1'}], seconds={name: 1.0}, failed=failed)\n"
+        "path.write_text(json.dumps(result | {'schema': 1, 'quick': '--quick' in sys.argv}))\n"
+        "print(*sys.argv[1:]); raise SystemExit(bool(failed))\n"
     )
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    gpu_check.model(check, True)
+    for step in (gpu_check.model, gpu_check.search, gpu_check.mixture):
+        step(check, False)
     assert "model --device cuda" in capsys.readouterr().out
-    assert recorded(check)["suite"] == {"results": [1, 2]}
-    assert (recorded(check)["steps"]["model"]["status"], check.results[0].detail) == ("failed", "2 cases")
+    suite, steps = recorded(check)["suite"], recorded(check)["steps"]
+    names = [record["section"] for record in suite["results"]]
+    assert names == ["model", "model", "search", "search", "mixture", "mixture"]
+    assert suite["quick"] == {"model": False, "search": True, "mixture": True}
+    assert suite["failed"] == {"model": "why"} and len(suite["targets"]) == len(suite["seconds"]) == 3
+    assert (steps["model"]["status"], steps["search"]["status"]) == ("failed", "ok")
+    assert check.results[0].detail == "2 cases"
+    before = suite["results"]
+    later = gpu_check.Check(tmp_path, "a_card", check.log)
+    gpu_check.model(later, True)
+    suite = recorded(later)["suite"]
+    assert suite["results"][:4] == before[2:] and suite["results"][4:] != before[:2]
+    assert len(suite["results"]) == 6 and len(suite["targets"]) == 3 and suite["quick"]["model"]
+
+
+def test_a_result_from_before_is_added_to(gpu_check):
+    """Of one section, with `quick` for it alone."""
+    old = {"results": [{"section": "model", "case": "a"}], "targets": [], "seconds": {"model": 1.0}}
+    old |= {"failed": {"model": "why"}, "quick": True}
+    new = {"results": [{"section": "search"}], "targets": [], "seconds": {"search": 2.0}, "failed": {}}
+    suite = gpu_check.merged(old, new | {"quick": True}, "search")
+    assert [record["section"] for record in suite["results"]] == ["model", "search"]
+    assert suite["failed"] == {"model": "why"} and suite["quick"] == {"model": True, "search": True}
 
 
 def test_the_benchmark_is_recorded_even_if_it_was_ended(gpu_check, check, monkeypatch, tmp_path):
@@ -234,3 +321,38 @@ def test_the_benchmark_is_recorded_even_if_it_was_ended(gpu_check, check, monkey
     assert step["status"] == "timed out"
     assert step["detail"] == "1 measured, 1 of 1 targets met, 1 errors, 1 groups left out for lack of time"
     assert not check.partial.exists()
+
+
+def test_the_workflow_warns_where_there_is_nothing_to_compare(tmp_path):
+    """Its script, with a comparison that ends as the files' names say."""
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "gpu.yml").read_text(encoding="utf8"))
+    steps = workflow["jobs"]["check"]["steps"]
+    assert any("--require nvcc,sanitizer" in step.get("run", "") for step in steps)
+    (script,) = (step["run"] for step in steps if "compare.py" in step.get("run", ""))
+    (tmp_path / "results").mkdir()
+    stored = tmp_path / "benchmarks" / "results"
+    stored.mkdir(parents=True)
+    (tmp_path / "benchmarks" / "compare.py").write_text(
+        "import sys; print('compared', *sys.argv[1:]); sys.exit(int(sys.argv[2].split('_')[1][0]))\n"
+    )
+
+    def ended(*names):
+        for path in (tmp_path / "results").iterdir():
+            path.unlink()
+        for name in names:
+            (tmp_path / "results" / name).touch()
+        environment = os.environ | {"GPU_PYTHON": sys.executable}
+        return subprocess.run(
+            ["bash", "-e", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    for number in (0, 1, 2):
+        (stored / f"card_{number}.json").touch()
+    new = ended("new.json")
+    assert new.returncode == 0 and "::warning::no stored result for new.json" in new.stdout
+    assert ended().returncode == 0
+    empty = ended("card_2.json", "card_0.json")
+    assert empty.returncode == 0 and "::warning::card_2.json" in empty.stdout
+    worse = ended("card_0.json", "card_1.json", "card_2.json")
+    assert worse.returncode == 1 and worse.stdout.count("compared") == 3
