@@ -29,6 +29,8 @@ PROTOCOLS = {
     + ["--evaluate", "last"],
     "bert5_zero": ["--benchmark", "bert5", "--order", "all", "--head-init", "zero", "--twin-share", "0.3333"]
     + ["--methods", "slm,oracle"],
+    "bert5_zero_batch": ["--benchmark", "bert5", "--head-init", "zero", "--twin-share", "0.3333"]
+    + ["--methods", "slm,oracle,batch", "--evaluate", "last"],
     "bert5_baselines": ["--benchmark", "bert5", "--seeds", "0,1,2", "--max-train", "400", "--max-test", "200"]
     + ["--methods", "slm,oracle,batch,paper,seq,finetune,replay,ewc,olora,per_task,joint"],
     "bert5_probes": ["--benchmark", "bert5", "--min-similarity", "auto", "--methods", "slm,oracle"]
@@ -111,12 +113,13 @@ def targets(runs: dict[str, list[dict]]) -> list[dict]:
 
     both = [average(runs.get(name, []), "joint") for name in ("bert5", "bert5_joint")]
     joint = max((found for found in both if found is not None), default=None)  # by the better start of heads
-    batch = average(runs.get("bert5_batch", []), "batch")
-    for name in ("bert5", "bert5_shared"):
+    batches = {"bert5_zero": "bert5_zero_batch"}  # on the same weights
+    for name in ("bert5", "bert5_shared", "bert5_zero"):
         if not (bert5 := runs.get(name)):
             continue
+        batch = average(runs.get(batches.get(name, "bert5_batch"), []), "batch")
         slm, orders = average(bert5, "slm"), f"{name}, {len(bert5)} runs"
-        if batch is not None:  # on the same weights
+        if batch is not None:
             check(f"{orders}: average, against the paper's retrieval by batches", slm, ">=", batch)
         if joint is not None:
             check(f"{orders}: average, against joint LoRA - 1", slm, ">=", joint - 0.01)
@@ -136,6 +139,10 @@ def targets(runs: dict[str, list[dict]]) -> list[dict]:
             gap = average(found, "oracle") - average(found, "slm")
             check(f"{name}: told the task minus no task id", gap, "<=", 0.01)
             check(f"{name}: routing accuracy", routing(found), ">=", 0.96)
+    for run in runs.get("bert5_probes", ()):
+        for task, found in run["probes"]["tasks"].items():
+            lost = found["score_before"] - found["score_after"]
+            check(f"{task}, never learnt, with the floor: lost by learning", lost, "<=", 0.0)
     for run in runs.get("llama3", ()):
         order = run["settings"]["order"]
         slm = run["methods"]["slm"]

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from slm_fast.continual.tables import comparison, mean_over_runs, measured, probe_table
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -84,7 +86,12 @@ def five_tasks() -> str:
     runs = load("continual")["runs"]
     tasks = runs["bert5"][0]["tasks"]
     told = "slm_fast, told the task"
+    zero = "heads from zero, `twin_share=1/3`"
     methods = [
+        (f"slm_fast, no task id, {zero}", "bert5_zero", "slm"),
+        (f"told the task, {zero}", "bert5_zero", "oracle"),
+        (f"the authors' retrieval on these weights, averaged over batches of one task, {zero}",)
+        + ("bert5_zero_batch", "batch"),
         ("slm_fast, no task id, `twin_share=1/3`", "bert5_shared", "slm"),
         ("slm_fast, no task id", "bert5", "slm"),
         (told, "bert5", "oracle"),
@@ -110,6 +117,23 @@ def five_tasks() -> str:
         rows.append([title, *scores, average, forgetting, str(len(found))])
     header = ["after the last task, %", *tasks, "average", "forgetting", "orders"]
     made = f"python benchmarks/bench_continual.py {' '.join(runs)}"
+    return captioned(header, rows, {"continual": made})
+
+
+def baselines() -> str:
+    """Every method through the same runner, in the mean over the seeds."""
+    runs = load("continual")["runs"]["bert5_baselines"]
+    header, rows = comparison(mean_over_runs([run | {"methods": measured(run)} for run in runs]))
+    seeds = ", ".join(str(run["settings"]["seeds"]["run"]) for run in runs)
+    made = "python benchmarks/bench_continual.py bert5_baselines"
+    return f"{captioned(header, rows, {'continual': made})}, seeds {seeds}"
+
+
+def probes() -> str:
+    """Tasks that were never learnt, before and after learning five others, with the calibrated floor."""
+    (run,) = load("continual")["runs"]["bert5_probes"]
+    header, rows = probe_table(run["probes"])
+    made = "python benchmarks/bench_continual.py bert5_probes"
     return captioned(header, rows, {"continual": made})
 
 
@@ -331,13 +355,38 @@ def suite_serve() -> str:
     return captioned(header, rows, {SUITE: suite_command()})
 
 
+def suite_model() -> str:
+    """Decoding, prefill and a training step in the suite."""
+    columns = {"on": "slm_fast", "frozen": "frozen", "off": "pool off", "merged": "merged weights"}
+    columns |= {"peft": "PEFT", "dense": "dense offsets", "frozen fp32": "frozen, fp32"}
+    rows = []
+    for record in records_of("model"):
+        if any("seconds" in found for found in record["contenders"].values()):
+            found = {"on": record["contenders"].get("engine")} | record["contenders"]
+            rows.append([record["case"], *(times(found.get(name)) for name in columns)])
+    return captioned(["case", *columns.values()], rows, {SUITE: suite_command()})
+
+
+def suite_targets() -> str:
+    rows = [
+        [row["what"], f"{row['reached']:.2f}", row["wanted"], "yes" if row["holds"] else "no"]
+        for row in load(SUITE)["targets"]
+    ]
+    return captioned(["asked of the suite", "reached", "wanted", "holds"], rows, {SUITE: suite_command()})
+
+
 GPU = "nvidia_h100_80gb_hbm3"
 
 
 def gpu_caption() -> str:
-    found = load(GPU)["suite"]["machine"]
+    """Where it ran, of which commit ("+": with changes), in which mode, and what of the check did not end."""
+    card = load(GPU)
+    found, quick = card["suite"]["machine"], card["suite"]["quick"]
     where = f"{found['card']}, driver {found['driver']}, torch {found['torch']}, triton {found['triton']}"
-    return f"`{GPU}.json`; {where}; `make gpu-check`"
+    mode = "quick mode" if (quick if isinstance(quick, bool) else quick.get("model")) else "full mode"
+    ends = {name: step["status"] for name, step in card["steps"].items() if step["status"] != "ok"}
+    left = ", ".join(f"{name} {status}" for name, status in ends.items()) or "all steps ok"
+    return f"`{GPU}.json`; {where}, commit {found['commit']}, {mode}; `make gpu-check` ({left})"
 
 
 def gpu_models() -> str:
@@ -346,11 +395,16 @@ def gpu_models() -> str:
         "on": "slm_fast",
         "frozen": "frozen",
         "off": "pool off",
+        "merged": "merged weights",
         "peft": "PEFT",
         "dense": "dense offsets",
+        "on eager": "slm_fast, no graph",
+        "frozen eager": "frozen, no graph",
     }
     rows = []
     for record in load(GPU)["suite"]["results"]:
+        if record["section"] != "model":
+            continue
         found = {"on": record["contenders"].get("engine")} | record["contenders"]
         rows.append([record["case"], *(times(found.get(name)) for name in columns)])
     return f"{table(['case', *columns.values()], rows)}\n\n{gpu_caption()}"
@@ -358,13 +412,17 @@ def gpu_models() -> str:
 
 TABLES = {
     "five tasks": five_tasks,
+    "baselines": baselines,
+    "never learnt": probes,
     "routing of five tasks": routing_of_five_tasks,
     "coverage": coverage,
     "routing of 25 tasks": routing_of_25_tasks,
     "training step": training_step,
     "search": suite_search,
     "mixture": suite_mixture,
+    "whole models": suite_model,
     "serving": suite_serve,
+    "what the suite is asked": suite_targets,
     "decoding": decoding,
     "prefill": prefill,
     "memory": memory,
