@@ -42,16 +42,17 @@ class Decoder:
         return self.forward(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
-def verified(base: torch.nn.Module, kind: str, entries: int, rows: int) -> tuple:
-    """(model, routing, {name: Decoder}) of all contenders, which have read the prompt and were right."""
+def verified(base: torch.nn.Module, kind: str, entries: int, rows: int, wrong: common.Wrong = None) -> tuple:
+    """(model, routing, {name: Decoder}) of all contenders, which have read the prompt and were right, but for
+    those that `wrong`, where given, has got."""
     vocab = base.config.vocab_size
-    model, routing, forwards = common.make_contenders(base, TARGETS[kind], entries, rows)
+    model, routing, forwards = common.make_contenders(base, TARGETS[kind], entries, rows, wrong)
     decoders = {
         key: Decoder(forward, 1 if key == "dense" else rows, vocab) for key, forward in forwards.items()
     }
-    got = {key: decoder.read_prompt() for key, decoder in decoders.items()}
+    got = common.answers({key: decoder.read_prompt for key, decoder in decoders.items()}, wrong)
     exact = [Decoder(common.exact_forward(model, r), rows, vocab).read_prompt() for r in (routing, None)]
-    common.verify(got, *exact)
+    common.verify(got, *exact, wrong)
     return model, routing, decoders
 
 

@@ -29,9 +29,12 @@ def operations_share(base: nn.Module, model, tokens: int) -> float:
     return mixture / (linears + head.weight.numel() / tokens + attention * tokens)
 
 
-def verified(base: nn.Module, kind: str, entries: int, rows: int, tokens: int) -> tuple:
-    """(model, routing, {name: prefill}) of all contenders, which were right."""
-    model, routing, forwards = common.make_contenders(base, TARGETS[kind], entries, rows)
+def verified(
+    base: nn.Module, kind: str, entries: int, rows: int, tokens: int, wrong: common.Wrong = None
+) -> tuple:
+    """(model, routing, {name: prefill}) of all contenders, which were right, but for those that `wrong`,
+    where given, has got."""
+    model, routing, forwards = common.make_contenders(base, TARGETS[kind], entries, rows, wrong)
     prompt = common.make_prompt(base.config.vocab_size, rows, tokens)
 
     def call(key, forward, ids):
@@ -47,7 +50,7 @@ def verified(base: nn.Module, kind: str, entries: int, rows: int, tokens: int) -
     exact = []
     for r in (routing, None):
         exact.append(call("exact", common.exact_forward(model, r), prompt)())
-    common.verify({key: run().float() for key, run in calls.items()}, *exact)
+    common.verify(common.answers(calls, wrong), *exact, wrong)
     return model, routing, calls
 
 

@@ -1,13 +1,20 @@
 """Two result files of one benchmark: what became slower, or larger, than the noise of both allows.
 
-    python benchmarks/compare.py BEFORE.json AFTER.json [--least 3]
+    python -m benchmarks compare BEFORE.json AFTER.json [--least 3]
 
 Times are compared as ratios to the frozen model, or PyTorch, in the same run, so that a faster or busier
-machine does not count; memory as it is; in results of the suite routing and accuracy by the share that they
-miss. A case is worse when that grew by more than the noise that the two runs measured (half the distance of
-the quantiles, in other results those of ours and the reference together), and by at least `--least` percent.
-Cases that only one file has are named. The exit status is 1 if anything is worse, or a section of the suite
-failed that did not before, 2 if there is nothing to compare.
+machine does not count; where a record of the suite has no such contender, to a product of as many operations
+at the pace that was measured beside it. Serving counts by the time until the first token (95%) too, pools of
+several sizes by what the larger ones cost over the smallest. Memory is compared as it is, routing and
+accuracy by the share that they miss.
+
+A case is worse when that grew by more than the noise that the two runs measured (half the distance of the
+quantiles, in other results those of ours and the reference together), and by at least `--least` percent. A
+case that is gone although its section, or its group (GPU ops) or model with its settings (other benchmarks),
+was run again counts as a failure; it is only named where that was not run, or the suite ran in another mode
+or on another device. The exit status is 1 if anything is worse, or a section of the suite failed that did not
+before; 2 if there is nothing to compare or the files have unlike schemas. Results of `bench_routing.py`,
+`bench_layers.py` and `bench_continual.py` hold no costs.
 """
 
 import argparse
@@ -29,26 +36,21 @@ PEERS = (
     "dense_rows",
     "faiss",
 )
-KEYS = (
-    "benchmark",
-    "model",
-    "dtype",
-    "targets",
-    "entries",
-    "checkpointing",
-    "rows",
-    "tokens",
-    "name",
-    "group",
-)
+WORDS = ("benchmark", "model", "dtype", "targets", "checkpointing", "name", "group")  # of a record: what ran
+SIZES = ("entries", "rows", "tokens")
+KEYS = (*WORDS, *SIZES)
 NOISE = 0.05  # of a time whose spread was not kept, and of memory
+SMALL = 4e6  # bytes of resident memory, below which a call's peak says nothing; see suite/memory.py
 
 
 class Cost(NamedTuple):
-    """Of a contender: a ratio to the reference, or bytes; infinite where it failed."""
+    """Of a contender: a ratio to the reference, or bytes; infinite where it failed. group: what it is part
+    of; record: the suite's case without what is measured."""
 
     value: float
     noise: float
+    group: str = ""
+    record: str = ""
 
 
 def records(result: object) -> Iterator[dict]:
@@ -94,52 +96,154 @@ def costs(record: dict) -> Iterator[tuple[str, Cost]]:
             yield name, Cost(times[name] / times[reference], noise(name) + noise(reference))
 
 
+def words_of(record: dict, keys: tuple[str, ...]) -> str:
+    return " ".join(f"{key}={record[key]}" for key in keys if key in record)
+
+
+def of_benchmark(result: dict) -> dict[str, Cost]:
+    """Of a benchmark that is not the suite."""
+    found = {}
+    for record in records(result):
+        case, group = words_of(record, KEYS), words_of(record, WORDS)
+        found |= {f"{case}: {name}": cost._replace(group=group) for name, cost in costs(record)}
+    return found
+
+
+def parts(result: dict) -> tuple[dict | None, dict]:
+    """(the suite's result or None, what else has costs) of a file; a GPU check's `steps` have none."""
+    if "ceilings" in result and "schema" in result:
+        return result, {}
+    return result.get("suite"), {key: part for key, part in result.items() if key not in ("suite", "steps")}
+
+
+def key_of(record: dict) -> str:
+    return f"{record['section']}, {record['case']}"
+
+
+def references(result: dict | None) -> dict[str, list[str]]:
+    """{case of the suite: the contenders that ours can be held against}"""
+    return {
+        key_of(record): [name for name in REFERENCES if "ratio" in record["contenders"].get(name, {})]
+        for record in (result or {}).get("results", [])
+    }
+
+
+def inverse(found: dict) -> Cost:
+    """Ours over a contender, whose ratio is the other way round."""
+    low, ratio, high = (found[f"ratio{end}"] for end in ("_low", "", "_high"))
+    return Cost(1 / ratio, (high - low) / 2 / ratio)
+
+
+def times(record: dict, shared: list[str]) -> Iterator[tuple[str, Cost]]:
+    """(what, cost) of a record of the suite; shared: references that both files have."""
+    contenders, ours = record["contenders"], record["contenders"][record["ours"]]
+    if record["axes"].get("kind") == "flat":
+        for name, found in contenders.items():
+            if name != record["ours"]:
+                yield f"time of {name} over {record['ours']}", over(found)
+        return
+    if shared:
+        yield f"time over {shared[0]}", inverse(contenders[shared[0]])
+        peer = contenders[shared[0]]
+        if {"first_token_95"} <= ours.keys() & peer.keys():
+            noise = tail_noise(ours) + tail_noise(peer)
+            ratio = ours["first_token_95"] / peer["first_token_95"]
+            yield f"first token, 95%, over {shared[0]}", Cost(ratio, noise)
+    elif "seconds" in ours and "pace" in record and record.get("operations"):
+        rate = record["pace"]["float32_operations_per_second"]
+        noise = (ours["high"] - ours["low"]) / 2 / ours["seconds"]
+        yield "time over a product's", Cost(ours["seconds"] * rate / record["operations"], noise)
+
+
+def over(found: dict) -> Cost:
+    """A contender over ours."""
+    if "error" in found:
+        return Cost(float("inf"), 0.0)
+    return Cost(found["ratio"], (found["ratio_high"] - found["ratio_low"]) / 2 / found["ratio"])
+
+
+def tail_noise(found: dict) -> float:
+    if "first_token_95_low" not in found:
+        return NOISE
+    return (found["first_token_95_high"] - found["first_token_95_low"]) / 2 / found["first_token_95"]
+
+
+def of_suite(result: dict | None, other: dict | None) -> dict[str, Cost]:
+    """Of the suite: ours over a peer of the same run, bytes in memory, and scores by what they lose. other:
+    the result it is compared with."""
+    found, known = {}, references(other)
+    for record in (result or {}).get("results", []):
+        key, ours = key_of(record), record["contenders"][record["ours"]]
+        mine = references({"results": [record]})[key]
+        measured = dict(times(record, [name for name in mine if name in known.get(key, mine)]))
+        if ours.get("memory_bytes"):
+            measured["memory"] = Cost(ours["memory_bytes"], NOISE)
+        if ours.get("peak_bytes") is not None:
+            least = SMALL if record["clock"] == "wall" else 1.0
+            size = max(ours["peak_bytes"], least)
+            measured["peak memory"] = Cost(size, NOISE + (SMALL / size / 2 if least == SMALL else 0.0))
+        for share in ("average", "routing"):
+            if ours.get(share) is not None:
+                measured[f"share missed, {share}"] = Cost(1 - ours[share], NOISE)
+        group = record["section"]
+        found |= {f"{key}: {what}": cost._replace(group=group, record=key) for what, cost in measured.items()}
+    return found
+
+
+def cases(result: dict, other: dict | None = None) -> dict[str, Cost]:
+    """All costs of a file. other: the one that it is compared with; by default itself."""
+    suite, rest = parts(result)
+    return of_suite(suite, parts(other or result)[0]) | of_benchmark(rest)
+
+
+def mode(result: dict | None) -> tuple:
+    """Of the suite's result: what decides which cases a section has."""
+    return (result or {}).get("quick"), (result or {}).get("machine", {}).get("device")
+
+
+def was_run(before: dict, after: dict) -> set[str]:
+    """The groups that `after` ran, so that it must have their cases."""
+    suite, rest = parts(after)
+    found = {words_of(record, WORDS) for record in records(rest)}
+    if suite is not None and mode(suite) == mode(parts(before)[0]):
+        found |= suite["seconds"].keys()
+    return found
+
+
 def lost(before: dict, after: dict) -> list[str]:
     """Sections of the suite that failed in `after` and did not before."""
-    new = {name: why for name, why in after.get("failed", {}).items() if name not in before.get("failed", {})}
-    return [f"WORSE {name} failed: {why}" for name, why in new.items() if name in before.get("seconds", {})]
+    old, new = (parts(result)[0] or {} for result in (before, after))
+    failed = {name: why for name, why in new.get("failed", {}).items() if name not in old.get("failed", {})}
+    return [f"WORSE {name} failed: {why}" for name, why in failed.items() if name in old.get("seconds", {})]
 
 
 def same_machine(before: dict, after: dict) -> bool:
     """Whether two results are of one kind of machine; what varies from run to run does not count."""
     names = ("cpu", "card", "threads", "isa", "torch", "transformers", "triton", "driver")
+    before, after = (parts(result)[0] or result for result in (before, after))
     a, b = ({name: result.get("machine", {}).get(name) for name in names} for result in (before, after))
-    return a == b and before.get("quick") == after.get("quick")
+    return a == b and mode(before) == mode(after)
 
 
-def suite_cases(result: dict) -> dict[str, Cost]:
-    """Of the suite: ours over a peer of the same run, bytes in memory, and scores by what they lose."""
-    found = {}
-    for record in result["results"]:
-        case, ours = f"{record['section']}, {record['case']}", record["contenders"][record["ours"]]
-        peers = [name for name in REFERENCES if "ratio" in record["contenders"].get(name, {})]
-        for name in peers[:1]:
-            low, ratio, high = (record["contenders"][name][f"ratio{end}"] for end in ("_low", "", "_high"))
-            found[f"{case}: time over {name}"] = Cost(1 / ratio, (high - low) / 2 / ratio)
-        if ours.get("memory_bytes"):
-            found[f"{case}: memory"] = Cost(ours["memory_bytes"], NOISE)
-        for share in ("average", "routing"):
-            if ours.get(share) is not None:
-                found[f"{case}: share missed, {share}"] = Cost(1 - ours[share], NOISE)
-    return found
-
-
-def cases(result: dict) -> dict[str, Cost]:
-    if "ceilings" in result and "schema" in result:
-        return suite_cases(result)
-    found = {}
-    for record in records(result):
-        case = " ".join(f"{key}={record[key]}" for key in KEYS if key in record)
-        found |= {f"{case}: {name}": cost for name, cost in costs(record)}
-    return found
+def check_schemas(before: dict, after: dict) -> None:
+    """Raises ValueError where the files, or the suites' results in them, have unlike schemas."""
+    for a, b in ((before, after), (parts(before)[0] or {}, parts(after)[0] or {})):
+        if "schema" in a and "schema" in b and a["schema"] != b["schema"]:
+            raise ValueError(f"schema {a['schema']} cannot be compared with schema {b['schema']}")
 
 
 def compare(before: dict, after: dict, least: float = 0.03) -> tuple[list[str], bool]:
-    """A line per case, the worst first, and whether one of them is worse."""
-    old, new = cases(before), cases(after)
-    if not (both := old.keys() & new.keys()):
+    """A line per case, the worst first, and whether one of them is worse, or gone. Raises ValueError where
+    there is nothing to compare."""
+    check_schemas(before, after)
+    old, new = cases(before, after), cases(after, before)
+    again, there = was_run(before, after), references(parts(after)[0])
+    # One measure of a suite's case may be gone, such as that over a peer that is not installed any more.
+    gone = [name for name in sorted(old.keys() - new.keys()) if old[name].group in again]
+    gone = [name for name in gone if old[name].record not in there]
+    if not (both := old.keys() & new.keys()) and not gone:
         raise ValueError("the files have no case in common")
-    rows, bad = [], False
+    rows, bad = [], bool(gone)
     for name in both:
         a, b = old[name], new[name]
         grown = float("inf") if b.value == float("inf") else b.value / a.value - 1 if a.value else b.value
@@ -150,14 +254,16 @@ def compare(before: dict, after: dict, least: float = 0.03) -> tuple[list[str], 
         bad |= worse
         text = "failed" if grown == float("inf") else f"{100 * grown:+.1f}% (noise {100 * allowed:.1f}%)"
         rows.append((grown - allowed, f"{'WORSE ' if worse else '      '}{name}  {text}"))
-    lines = [line for _, line in sorted(rows, key=lambda row: -row[0])]
-    lines += [f"      only before: {name}" for name in sorted(old.keys() - both)]
+    lines = [f"WORSE {name}  is gone" for name in gone]
+    lines += [line for _, line in sorted(rows, key=lambda row: -row[0])]
+    lines += [f"      only before: {name}" for name in sorted(old.keys() - new.keys() - set(gone))]
     lines += [f"      only after: {name}" for name in sorted(new.keys() - both)]
     return lines, bad
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="slm-fast bench compare", description=__doc__, formatter_class=raw)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--least", type=float, default=3, help="percent below which nothing counts")

@@ -119,9 +119,9 @@ def copy_bandwidth(rounds: int = 20, num_bytes: int = 1 << 31) -> float:
     return 2 * num_bytes / statistics.median(samples)
 
 
-def matmul_rate(rounds: int = 20, size: int = 8192) -> float:
-    """Operations per second of a large bf16 product of random numbers; a multiply-add is two."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+def matmul_rate(rounds: int = 20, size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations per second of a large product of random numbers; a multiply-add is two."""
+    a, b = (torch.randn(size, size, dtype=dtype, device="cuda") for _ in range(2))
     samples = interleave({"matmul": lambda: a @ b}, rounds)["matmul"]
     return 2 * size**3 / statistics.median(samples)
 

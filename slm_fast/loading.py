@@ -52,7 +52,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module
     transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        model = _model_class(config).from_pretrained(folder, dtype=dtype, **options)
+        # Given its configuration, transformers does not parse a GGUF file's vocabulary once more.
+        model = _model_class(config).from_pretrained(folder, config=config, dtype=dtype, **options)
     finally:
         transformers.utils.logging.enable_progress_bar()
     model.config._name_or_path = name

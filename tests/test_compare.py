@@ -21,11 +21,19 @@ def load(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", [p.stem for p in RESULTS.glob("cpu_*.json")])
+WITHOUT_COSTS = ("continual", "layers_minilm", "routing_all25", "routing_bert5")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in RESULTS.glob("*.json")))
 def test_every_result_file_is_no_worse_than_itself(tool, name):
-    lines, bad = tool.compare(load(name), load(name))
+    result = load(name)
+    if name in WITHOUT_COSTS:
+        with pytest.raises(ValueError, match="no case in common"):
+            tool.compare(result, result)
+        return
+    lines, bad = tool.compare(result, result)
     assert not bad and lines and all(line.startswith("      ") for line in lines)
-    assert len(lines) >= len(load(name)["results"])
+    assert len(lines) >= len(result.get("suite", result)["results"]) and tool.lost(result, result) == []
 
 
 def slower(factor, contender, everything=False):
@@ -70,7 +78,104 @@ def test_the_command(tool, tmp_path, capsys):
     assert tool.main([str(RESULTS / f"{DECODE}.json"), str(path)]) == 2
     assert "no case in common" in capsys.readouterr().err
     assert tool.main([str(path), str(tmp_path / "none.json")]) == 2
+    assert tool.main([str(RESULTS / "nvidia_h100_80gb_hbm3.json")] * 2) == 0
+
+
+def test_a_case_that_is_gone_is_worse_where_the_others_of_its_group_were_run(tool):
     one = load(DECODE)
     one["results"] = one["results"][:1]
-    lines, _ = tool.compare(load(DECODE), one)
-    assert sum("only before" in line for line in lines) == 2 * (len(load(DECODE)["results"]) - 1)
+    lines, bad = tool.compare(load(DECODE), one)
+    groups = [record["targets"] for record in load(DECODE)["results"]]
+    same = groups.count(groups[0]) - 1
+    assert bad and sum(line.startswith("WORSE") and "is gone" in line for line in lines) == 2 * same
+    assert sum("only before" in line for line in lines) == 2 * (len(groups) - 1 - same)
+    assert not tool.compare(one, load(DECODE))[1]
+    gpu = [
+        {"group": group, "contender": name, "ratio": 1.02, "added_quartiles": [1.0, 3.0]}
+        for group in ("decode 1", "decode 8")
+        for name in ("mixture", "fused")
+    ]
+    lines, bad = tool.compare({"bench": {"results": gpu}}, {"bench": {"results": gpu[:1]}})
+    assert bad and lines[0] == "WORSE group=decode 1: fused  is gone"
+    assert sum("only before" in line for line in lines) == 2  # a group left out for lack of time
+    failed = {"group": "decode 8", "contender": "all", "error": "out of memory"}
+    lines, _ = tool.compare({"bench": {"results": gpu}}, {"bench": {"results": [*gpu[:2], failed]}})
+    assert sum("decode 8" in line and line.startswith("WORSE") for line in lines) == 2
+
+
+def test_a_gpu_check_is_compared_with_its_suite_and_its_ops(tool, tmp_path, capsys):
+    before, after = load("nvidia_h100_80gb_hbm3"), load("nvidia_h100_80gb_hbm3")
+    for name, result in (("before", before), ("after", after)):
+        ops = {"group": "decode 1", "contender": "mixture", "ratio": 1.02, "added_quartiles": [1.0, 3.0]}
+        result["bench"] = {"results": [ops]}
+        result["suite"]["failed"] = {} if name == "before" else {"model": "RuntimeError: wrong result"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    lines, bad = tool.compare(before, after)
+    assert not bad and sum("group=decode 1: mixture" in line for line in lines) == 1 and len(lines) == 4
+    assert tool.main([str(tmp_path / f"{name}.json") for name in ("before", "after")]) == 1
+    assert "WORSE model failed: RuntimeError: wrong result" in capsys.readouterr().out
+    frozen = after["suite"]["results"][0]["contenders"]["frozen"]
+    for end in ("", "_low", "_high"):
+        frozen[f"ratio{end}"] /= 2
+    assert "WORSE model, decode, llama-2-7b, 1 rows: time over frozen" in tool.compare(before, after)[0][0]
+    del after["suite"]["results"][1]
+    assert any(line.startswith("WORSE") and "is gone" in line for line in tool.compare(before, after)[0])
+    after["suite"]["quick"] = False
+    assert not any("is gone" in line for line in tool.compare(before, after)[0])
+
+
+def test_unlike_schemas_are_refused(tool, tmp_path, capsys):
+    newer = load("suite_cpu_avx2") | {"schema": 2}
+    path = tmp_path / "newer.json"
+    path.write_text(json.dumps(newer))
+    assert tool.main([str(RESULTS / "suite_cpu_avx2.json"), str(path)]) == 2
+    assert "schema 1 cannot be compared with schema 2" in capsys.readouterr().err
+    checked = load("nvidia_h100_80gb_hbm3")
+    with pytest.raises(ValueError, match="schema 1 cannot"):
+        tool.compare(checked, checked | {"suite": checked["suite"] | {"schema": 3}})
+
+
+def changed(section, kind, change):
+    """The suite's stored result, with one of its cases changed."""
+    result = load("suite_cpu_avx2")
+    found = (r for r in result["results"] if r["section"] == section and r["axes"].get("kind") == kind)
+    change(next(found))
+    return result
+
+
+def test_latencies_pools_refreshes_and_peaks_are_compared(tool):
+    def later(record):
+        record["contenders"]["on"]["first_token_95"] *= 1.5
+
+    def dearer(record):
+        for end in ("", "_low", "_high"):
+            record["contenders"]["10,000 entries"][f"ratio{end}"] *= 1.5
+
+    def slow(record):
+        for name in ("seconds", "low", "high"):
+            record["contenders"]["slm_fast"][name] *= 3
+
+    before = load("suite_cpu_avx2")
+    for section, kind, change, words in (
+        ("serve", None, later, "first token, 95%, over transformers"),
+        ("mixture", "flat", dearer, "time of 10,000 entries over 12 entries"),
+        ("search", "refresh", slow, "time over a product's"),
+    ):
+        lines, bad = tool.compare(before, changed(section, kind, change))
+        assert bad and words in lines[0] and sum(line.startswith("WORSE") for line in lines) == 1
+        assert not tool.compare(changed(section, kind, change), before)[1]
+
+    def with_peak(size):
+        return changed("mixture", "update", lambda r: r["contenders"]["slm_fast"].update(peak_bytes=size))
+
+    lines, bad = tool.compare(with_peak(100_000_000), with_peak(130_000_000))
+    assert bad and "peak memory" in lines[0]
+    assert not tool.compare(with_peak(0), with_peak(1_000_000))[1]  # below what can be told
+
+
+def test_a_peer_that_is_not_installed_any_more_is_not_a_lost_case(tool):
+    def without(record):
+        record["contenders"]["torch"] = {"error": "not installed"}
+
+    lines, bad = tool.compare(load("suite_cpu_avx2"), changed("search", None, without))
+    assert not bad and any("time over faiss flat" in line for line in lines)

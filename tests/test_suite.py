@@ -88,6 +88,86 @@ def test_inputs_take_turns():
     assert set(seen) == {0, 1, 2} and max(seen.count(i) for i in (1, 2)) > 1
 
 
+def test_the_peak_of_a_call_is_measured():
+    from suite.cases import Case, Contender, Effort, measure
+
+    calls = [Contender("slm_fast", lambda i: torch.ones(1 << 22).sum(), lambda found: None)]
+    calls.append(Contender("nothing", lambda i: None))
+    found = measure(Case("s", "c", {}, calls), Effort(2, 2, 0.0))["contenders"]
+    assert 0.9 * (1 << 24) < found["slm_fast"]["peak_bytes"] < 1.3 * (1 << 24)
+    assert found["nothing"]["peak_bytes"] < 1 << 20
+
+
+def test_where_there_is_no_peak_there_is_none(monkeypatch, tmp_path):
+    from suite import memory
+
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")
+    with memory.Peak("wall") as peak:
+        torch.ones(1 << 20)
+    assert peak.bytes is None
+    with memory.Peak("recorded") as peak:
+        pass
+    assert peak.bytes is None
+
+
+def test_the_peak_on_cuda_is_the_allocators(monkeypatch):
+    from suite import memory
+
+    done, peaks = [], iter([500])
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(memory.torch.cuda, name, lambda name=name: done.append(name))
+    monkeypatch.setattr(memory.torch.cuda, "memory_allocated", lambda: 300)
+    monkeypatch.setattr(memory.torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    with memory.Peak("events") as peak:
+        done.append("call")
+    assert peak.bytes == 200
+    assert done == ["synchronize", "reset_peak_memory_stats", "call", "synchronize"]
+
+
+def test_rates_are_shares_of_the_dtypes_ceiling():
+    from suite import machine, page
+
+    ceilings = {"copy_bytes_per_second": 1e9}
+    ceilings["operations_per_second"] = {"float32": 1e11, "bfloat16": 4e11}
+    record = {"ours": "o", "axes": {}, "bytes": 10**6, "operations": 10**9, "contenders": {}}
+    record["contenders"]["o"] = {"seconds": 0.02}
+    for dtype, share, floor in (("float32", 0.5, 1e-2), ("bfloat16", 0.125, 2.5e-3), ("int8", None, 1e-3)):
+        found = machine.rates(record | {"dtype": dtype}, ceilings)
+        assert found["bytes_per_second"] == pytest.approx(5e7) and found["bytes_share"] == pytest.approx(0.05)
+        assert found["operations_per_second"] == pytest.approx(5e10)
+        assert found["operations_share"] == (None if share is None else pytest.approx(share))
+        assert page.floor(record | {"dtype": dtype}, ceilings) == pytest.approx(floor)
+    assert machine.rates_line(record | {"dtype": "float32"}, ceilings) == (
+        "0.1 GB/s (5% of memory's), 50.0 GFLOP/s (50% of products')"
+    )
+    slow = {"operations_per_second": {"float32": 1e11, "bfloat16": 1e9}}
+    assert machine.product_rate(slow, "bfloat16") == 1e11  # widened
+    assert machine.product_rate({"operations_per_second": {"bfloat16": 1e9}}, "float32") is None
+
+
+def test_a_clock_of_cuda_says_what_was_a_graph(monkeypatch):
+    from suite import command, memory
+    from suite.cases import Case, Effort, contenders_of, measure
+
+    class Replayed:
+        replay = object()
+
+        def __call__(self):
+            return "ours"
+
+    clock = Recorded({"ours": [1.0] * 4, "peer": [1.0] * 4})
+    clock.name = "events"
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(memory.torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(memory.torch.cuda, name, lambda: 7)
+    runs = contenders_of({"ours": Replayed(), "peer": lambda: "peer"})
+    record = measure(Case("s", "c", {}, runs, "ours"), Effort(3, 3, 0.0), clock)
+    assert [record["contenders"][name]["graph"] for name in ("ours", "peer")] == [True, False]
+    printed = list(command.lines(record, a_result()["ceilings"]))
+    assert "graph" in printed[1] and "eager" in printed[2] and "peak 0 B" in printed[1]
+
+
 def test_the_pace_is_measured_beside_a_case():
     from suite.cases import Case, Contender, Effort, measure
 
@@ -148,11 +228,33 @@ def test_mixture_cases_are_right():
         assert not case.skipped
         for contender in case.contenders:
             assert contender.check(contender.run(0)) is None, (case.name, contender.name)
-    assert kinds == {"update", "flat", "layer", "step"}
-    ours, right = case.contenders[0], case.contenders[0].run(0)
-    for wrong in range(4):  # y, dx, dA, dB of a step
-        broken = [t * 1.001 if i == wrong else t for i, t in enumerate(right)]
-        assert "wrong result" in ours.check(broken)
+    assert kinds == {"update", "flat", "layer", "step", "layer step"}
+    names = [contender.name for contender in case.contenders]
+    assert names == ["frozen", "slm_fast", "torch", "dense", "peft"]
+    for contender in case.contenders[1:]:
+        right = contender.run(0)
+        for wrong in range(4):  # y, dx, dA, dB of a step
+            broken = [t * 1.001 if i == wrong else t for i, t in enumerate(right)]
+            assert "wrong result" in contender.check(broken), contender.name
+
+
+def test_full_mode_has_prefill_of_popular_entries_and_layers_of_many_tokens(monkeypatch):
+    from suite import mixture
+
+    built = []
+    for name in ("update_case", "layer_case", "step_case", "layer_step_case", "flat_case"):
+        monkeypatch.setattr(mixture, name, lambda *args, name=name: built.append((name, *args)))
+    list(mixture.cases(False, "cpu"))
+    prefill = {args[4:7:2] for args in built if args[0] == "update_case" and args[2] == 128 and args[1] == 8}
+    assert prefill == {(8, "distinct"), (8, "zipf"), (8, "identical"), (64, "distinct")}
+    assert {args[3] for args in built if args[0] == "layer_case"} == {1, 128}
+    assert len({args for args in built if args[0] == "update_case"}) == sum(
+        a[0] == "update_case" for a in built
+    )
+    monkeypatch.undo()
+    for case in (mixture.layer_case(3, "cpu", 16), mixture.update_case(2, 8, 16, 64, 2, "identical", "cpu")):
+        for contender in case.contenders:
+            assert contender.check(contender.run(0)) is None, (case.name, contender.name)
 
 
 @pytest.mark.parametrize(("popularity", "distinct"), [("distinct", 16), ("identical", 2), ("zipf", None)])
@@ -299,6 +401,125 @@ def test_scores_are_compared_by_what_they_miss():
     assert not compare.compare(learnt(0.955), learnt(0.98))[1]
 
 
+def quiet(monkeypatch, sections, commit="abc"):
+    """The command with these sections on the machine of `a_result`."""
+    from suite import command, machine
+
+    monkeypatch.setattr(command, "SECTIONS", sections)
+    monkeypatch.setattr(machine, "ceilings", lambda device: a_result()["ceilings"])
+    monkeypatch.setattr(machine, "describe", lambda device: a_result()["machine"] | {"commit": commit})
+    monkeypatch.setattr(machine, "line", lambda *_: "a machine")
+    return command
+
+
+class Section:
+    """Of one case with that name."""
+
+    def __init__(self, name, reason=None):
+        self.name, self.reason = name, reason
+
+    def unavailable(self, device):
+        return self.reason
+
+    def records(self, *_):
+        yield a_result()["results"][0] | {"section": self.name}
+
+    def targets(self, records, ceilings):
+        return [dict(what=self.name, reached=float(len(records)), wanted="x", holds=True)]
+
+
+def test_other_sections_are_kept_on_the_same_machine_commit_and_mode(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    sections = {"search": Section("search"), "mixture": Section("mixture")}
+
+    def run(*words, commit="abc"):
+        command = quiet(monkeypatch, sections, commit)
+        assert command.main([*words, "--output", str(tmp_path)]) == 0
+        result = json.loads((tmp_path / "suite.json").read_text())
+        assert [target["what"] for target in result["targets"]] == list(result["seconds"])
+        return [record["section"] for record in result["results"]]
+
+    assert run("search", "--quick") == ["search"]
+    assert run("mixture", "--quick") == ["search", "mixture"]
+    assert run("search", "--quick") == ["mixture", "search"]  # its own results are new
+    assert run("search") == ["search"]  # another mode
+    assert run("mixture", commit="def") == ["mixture"]
+    assert run("search", commit="def+") == ["search"]  # nobody knows which changes
+    assert run("mixture", commit="def+") == ["mixture"]
+
+
+def test_ours_has_its_rates_in_the_result_and_a_section_its_reason(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    command = quiet(monkeypatch, {"search": Section("search"), "serve": Section("serve", "no <CUDA> here")})
+    assert command.main(["--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "suite.json").read_text())
+    ours = result["results"][0]["contenders"]["slm_fast"]
+    assert ours["bytes_share"] == pytest.approx(0.384) and "operations_per_second" in ours
+    assert result["skipped"] == {"serve": "no <CUDA> here"} and "serve" not in result["seconds"]
+    assert "SKIPPED: no <CUDA> here" in capsys.readouterr().out
+    text = (tmp_path / "suite.html").read_text()
+    assert "no &lt;CUDA&gt; here" in text and "38% of memory&#x27;s" in text
+
+
+def test_serving_says_why_cuda_has_none():
+    from suite import serve
+    from suite.cases import QUICK
+
+    assert serve.unavailable("cpu") is None and "CPU" in serve.unavailable("cuda")
+    assert list(serve.records(True, "cuda", QUICK)) == []
+
+
+def test_a_page_of_a_stored_result(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from suite import command
+
+    for name, drawn in (
+        ("nvidia_h100_80gb_hbm3", {"decode_rows_llama-2-7b"}),
+        ("suite_cpu_avx2", {"search_keys", "mixture_pool", "prefill_tokens_smol_1", "prefill_tokens_smol_8"}),
+    ):
+        stored, folder = ROOT / "benchmarks" / "results" / f"{name}.json", tmp_path / name
+        assert command.main(["--page", str(stored), "--output", str(folder)]) == 0
+        assert drawn <= {path.stem for path in folder.glob("*.png")}
+        assert (folder / "suite.html").is_file() and not (folder / "suite.json").exists()
+    assert command.main(["--page", str(tmp_path / "none.json")]) == 2
+    (tmp_path / "other.json").write_text('{"schema": 99}')
+    assert command.main(["--page", str(tmp_path / "other.json")]) == 2
+    assert "is no result of the suite" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["search", "--page", str(stored)])
+
+
+def test_first_tokens_are_drawn_over_the_load():
+    pytest.importorskip("matplotlib")
+    from suite import page
+
+    (plot,) = (plot for plot in page.PLOTS if plot.section == "serve")
+    records = []
+    for load in (None, 0.9, 0.25):
+        axes = {"arrivals": "at once"} if load is None else {"arrivals": "poisson", "load": load}
+        tail = {"first_token_50": 0.1, "first_token_95": 0.4, "first_token_95_low": 0.3}
+        contenders = {name: tail | {"first_token_95_high": 0.5} for name in ("transformers", "on")}
+        records.append({"section": "serve", "axes": axes, "bytes": None, "contenders": contenders})
+    found = page.chosen(records, plot)
+    assert [record["axes"]["load"] for record in found] == [0.25, 0.9]
+    figure = page.draw(plot, found, a_result()["ceilings"])
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == [f"{name}, {share}%" for name in ("transformers", "on") for share in (50, 95)]
+    x, y, (below, above) = page.curve(plot, found, "on", "first_token_95")
+    assert (x, y, below[0], above[0]) == ([0.25, 0.9], [400.0, 400.0], pytest.approx(100), pytest.approx(100))
+
+
+def test_pools_of_all_sizes_have_a_floor():
+    from suite import mixture, page
+
+    case = mixture.flat_case(8, "cpu")
+    assert case.bytes == 4 * (2 * 12 * 8 * 576 + 4 * 8 * 576) and case.operations == 4 * 8 * 2 * 8 * 576
+    record = {"axes": case.axes, "bytes": case.bytes, "operations": case.operations, "dtype": case.dtype}
+    record |= {"contenders": {contender.name: {} for contender in case.contenders}}
+    floors = {page.floor(pool, a_result()["ceilings"]) for pool in page.of_pools([record])}
+    assert len(floors) == 1 and floors.pop() == pytest.approx(case.bytes / 1e9)
+
+
 def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     from suite import command, machine
     from suite.cases import measured
@@ -329,6 +550,22 @@ def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     assert {"cpu", "commit", "threads", "megahertz", "memory_bytes"} <= set(result["machine"])
     assert len(result["targets"]) == 1 and (tmp_path / "suite.html").is_file()
     assert "FAILED: RuntimeError: out of luck" in capsys.readouterr().out
+
+
+def test_results_are_compared_by_the_command(capsys, tmp_path):
+    stored = str(ROOT / "benchmarks" / "results" / "cpu_decode_smol.json")
+    assert slm_fast(["bench", "compare", stored, stored, "--least", "5"]) == 0
+    assert "noise" in capsys.readouterr().out
+    assert slm_fast(["bench", "compare", stored, str(tmp_path / "none.json")]) == 2
+
+
+def test_the_help_says_what_sections_are(capsys):
+    with pytest.raises(SystemExit):
+        slm_fast(["bench", "--help"])
+    text = capsys.readouterr().out
+    assert "[]" not in text and "compare BEFORE.json AFTER.json" in text and "keeps" in text
+    for words in ("search ", "mixture ", "model ", "serve ", "quality ", "faiss", "peft", "vllm", "sglang"):
+        assert f"  {words}" in text or words in text
 
 
 def test_the_command_of_the_package(capsys):
@@ -381,14 +618,119 @@ def test_cases_of_a_model_on_a_gpu_are_right(monkeypatch):
     assert set(found) == {"frozen", "engine", "peft", "dense"}
     real = gpu_model.common.forwards
 
-    def others(base, model, targets, routing):
-        return real(base, model, targets, routing) | {
+    def others(base, model, targets, routing, wrong):
+        return real(base, model, targets, routing, wrong) | {
             "on": gpu_model.common.engine_forward(model, routing.rows([1, 2, 0]))
         }
 
     monkeypatch.setattr(gpu_model.common, "forwards", others)
-    with pytest.raises(SystemExit, match="nothing is timed"):
-        gpu_model.decode_case(base, 3, graph=False)
+    case = gpu_model.decode_case(base, 3, graph=False)
+    with pytest.raises(RuntimeError, match="wrong logits.*nothing is timed"):
+        measure(case, effort)
+
+
+@pytest.mark.parametrize("how", ["wrong", "raises", "cannot be built"])
+@pytest.mark.parametrize("peer", ["peft", "dense"])
+def test_a_peer_that_fails_in_a_model_has_its_words(monkeypatch, peer, how):
+    from suite import gpu_model
+    from suite.cases import Effort, measure
+
+    real = gpu_model.common.forwards
+
+    def others(base, model, targets, routing, wrong):
+        found = real(base, model, targets, routing, wrong)
+        good = found.pop(peer)
+
+        def broken(**inputs):
+            if how == "raises":
+                raise ValueError("no such kernel")
+            out = good(**inputs)
+            out.logits = -out.logits
+            return out
+
+        if how == "cannot be built":
+            with gpu_model.common.excused(peer, wrong):
+                raise ValueError("no such adapter")
+        else:
+            found[peer] = broken
+        return found
+
+    monkeypatch.setattr(gpu_model.common, "forwards", others)
+    base = gpu_model.make_base("cpu", **SMALL)
+    for case in (gpu_model.decode_case(base, 3, graph=False), gpu_model.prefill_case(base, 3, 20)):
+        found = measure(case, Effort(2, 2, 0.0))["contenders"]
+        words = {"wrong": "wrong logits", "raises": "no such kernel", "cannot be built": "no such adapter"}
+        assert words[how] in found[peer]["error"] and "seconds" not in found[peer]
+        assert all("seconds" in numbers for name, numbers in found.items() if name != peer)
+
+
+def test_logits_are_judged_without_a_broken_peer():
+    import contenders
+
+    mixed, frozen = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    good = {"frozen": frozen, "off": frozen, "on": mixed, "peft": mixed, "dense": mixed[:1]}
+    contenders.verify(good, mixed, frozen)
+    for name in ("on", "peft", "off", "dense"):
+        with pytest.raises(SystemExit, match="nothing is timed"):
+            contenders.verify(good | {name: -good[name]}, mixed, frozen)
+    wrong = {}
+    contenders.verify(good | {"peft": -mixed, "on": -mixed}, mixed, frozen, wrong)
+    assert set(wrong) == {"peft", "on"}  # a peer that is wrong excuses nobody
+    with pytest.raises(ValueError):
+        contenders.answers({"peft": lambda: [].index(1)})
+    with pytest.raises(SystemExit, match="frozen model"):
+        contenders.verify({"on": mixed}, mixed, frozen, {})
+
+
+def test_a_wrong_training_step_of_a_peer_has_its_words(monkeypatch):
+    import bench_training
+    from suite import gpu_model
+
+    def halved(layer, x, A, B, picks, weights, real=bench_training.dense_mixture):
+        return real(layer, x, A, B, picks, 0.5 * weights)
+
+    monkeypatch.setattr(bench_training, "dense_mixture", halved)
+    case = gpu_model.step_case("cpu", 4, 32, **SMALL)
+    checks = {contender.name: contender.check for contender in case.contenders}
+    assert "wrong losses or gradients" in checks["dense"](None)
+    assert checks["engine"] is None and checks["peft"] is None
+
+
+def test_the_first_token_begins_with_texts(minilm):
+    """A small model whose tokenizer is a list of words."""
+    from conftest import word_tokenizer
+    from suite import first_token, gpu_model
+    from suite.cases import Effort, measure
+
+    words = ["[PAD]", "[EOS]", "[UNK]", *sorted(set(first_token.VOCABULARY))]
+    tokenizer = word_tokenizer(words, padding_side="left")
+    base = gpu_model.make_base("cpu", **SMALL).float()
+    model = first_token.make_model(base, 16)
+    case, paths = first_token.case(base, model, tokenizer, 3)
+    record = measure(case, Effort(2, 2, 0.0))
+    assert set(record["contenders"]) == {"frozen", "on"}
+    taken = paths["on"].seconds
+    assert {len(seconds) for seconds in taken.values()} == {len(taken["prefill"])} and len(taken) == 4
+    assert set(paths["frozen"].seconds) == {"tokenizer", "prefill"}
+    numbers = paths["on"].numbers()
+    assert numbers["encoder_seconds"] > 1e-3  # it encodes at every call
+    assert sum(numbers.values()) == pytest.approx(record["contenders"]["on"]["seconds"], rel=0.5)
+    checks = {contender.name: contender.check for contender in case.contenders}
+    frozen, mixed = paths["frozen"](), paths["on"]()
+    assert checks["frozen"](frozen) is None and checks["on"](mixed) is None
+    assert "wrong logits" in checks["on"](frozen) and "wrong logits" in checks["on"](mixed[[1, 2, 0]])
+
+
+def test_small_cases_wait_for_the_device(monkeypatch):
+    import test_cases
+
+    done = []
+    monkeypatch.setattr(test_cases.torch.cuda, "synchronize", lambda: done.append("waited"))
+    call = test_cases.finished(done.append, 2, "cuda")
+    call(), call(), call()
+    assert done == [0, "waited", 1, "waited", 0, "waited"]
+    test_cases.finished(done.append, 2, "cpu")()
+    assert done[-1] == 0
 
 
 def test_a_mixture_as_one_adapter_a_row():

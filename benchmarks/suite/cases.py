@@ -6,11 +6,15 @@ A record of a case holds
     axes              {what varies: value}, for plots
     ours              the contender that ratios are about
     bytes, operations of one call of ours: the least that must be read, and multiply-adds counted twice
-    clock             "wall" (CPU), or "events" (CUDA, no graphs: `bench_gpu_ops.py` captures ops in them)
+    dtype             of those operations, or None; "int8" are a search's codes
+    clock             "wall" (CPU), or "events" (CUDA)
     pace              the CPU's speed in those minutes: medians of probes that took turns with the contenders
     contenders        {name: numbers}; `seconds` is the median, `low` and `high` the 20% and 80% quantiles,
                       and `ratio`, `ratio_low`, `ratio_high` the same of (its seconds / ours) by pairs: the
-                      two samples of a round drift together. `error` instead: why it has no time
+                      two samples of a round drift together. `peak_bytes`: see `memory.py`; of the call
+                      that was verified. `graph`, on CUDA: whether a call replays a graph. `error` instead:
+                      why it has no time. Ours also has `bytes_per_second`, `operations_per_second` and
+                      their shares of the machine's ceilings, see `machine.rates`
 
 Times are of one call; where a contender does a part of the work (one row of many), `scale` made it whole.
 """
@@ -27,6 +31,7 @@ import torch
 from gpu_timing import deviation
 
 from suite import machine
+from suite.memory import Peak
 
 MIN_SECONDS = 0.002  # of a sample: shorter calls are repeated in it
 LONG = 0.05  # seconds of a call to which the state of the caches makes no difference
@@ -37,13 +42,15 @@ PAUSE = 0.003  # libraries with OpenMP pools of their own spin for a while after
 @dataclass
 class Contender:
     """`run(i)` does the work on the i-th copy of the inputs; `check(result)` says why a result is wrong, or
-    None. `numbers(result)` go into the record as they are: recall, bytes in memory."""
+    None. `numbers(result)` go into the record as they are: recall, bytes in memory. graph: `run` replays a
+    CUDA graph."""
 
     name: str
     run: Callable[[int], object]
     check: Callable[[object], str | None] | None = None
     numbers: Callable[[object], dict] | None = None
     scale: float = 1.0
+    graph: bool = False
 
 
 @dataclass
@@ -62,16 +69,27 @@ class Case:
     bytes: int | None = None
     operations: int | None = None
     copies: int = 1
+    dtype: str | None = None
     warm: bool = True
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def contenders_of(calls: dict[str, Callable], rows: int = 1) -> list[Contender]:
-    """Of calls without arguments; `dense` answers one of the `rows`."""
-    return [
-        Contender(name, lambda _, call=call: call(), scale=rows if name == "dense" else 1.0)
-        for name, call in calls.items()
-    ]
+def contenders_of(
+    calls: dict[str, Callable], rows: int = 1, wrong: dict[str, str] | None = None
+) -> list[Contender]:
+    """Of calls without arguments; `dense` answers one of the `rows`. wrong: {contender: why it must not be
+    timed}, whether it has a call or not."""
+    found = []
+    for name in dict.fromkeys([*calls, *(wrong or {})]):
+        call, reason = calls.get(name), (wrong or {}).get(name)
+        options = dict(
+            scale=rows if name == "dense" else 1.0, graph=getattr(call, "replay", None) is not None
+        )
+        if reason is None:
+            found.append(Contender(name, lambda _, call=call: call(), **options))
+        else:
+            found.append(Contender(name, lambda _: None, lambda _, reason=reason: reason))
+    return found
 
 
 @dataclass(frozen=True)
@@ -177,20 +195,25 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
     """The record of a case. Ours that fails raises; a peer that fails has its words instead of a time."""
     clock = clock or Wall()
     record = {"section": case.section, "case": case.name, "axes": case.axes, "ours": case.ours}
-    record |= {"bytes": case.bytes, "operations": case.operations, "clock": clock.name, "contenders": {}}
+    record |= {"bytes": case.bytes, "operations": case.operations, "dtype": case.dtype}
+    record |= {"clock": clock.name, "contenders": {}}
     runs, first, found = {}, {}, record["contenders"]
     probes = machine.probes() if clock.name == "wall" else {}
     for contender in case.contenders:
         try:
-            begin = time.perf_counter()
-            result = contender.run(0)
-            first[contender.name] = time.perf_counter() - begin
+            with Peak(clock.name) as peak:
+                begin = time.perf_counter()
+                result = contender.run(0)
+                first[contender.name] = time.perf_counter() - begin
             reason = contender.check(result) if contender.check else None
             numbers = contender.numbers(result) if contender.numbers else {}
+            numbers["peak_bytes"] = peak.bytes
             del result
         except Exception as error:  # a peer's failure is a finding; ours is raised below
             reason, numbers = reason_of(error), {}
-        found[contender.name] = numbers
+        found[contender.name] = numbers if reason is None else {}
+        if clock.name == "events":
+            found[contender.name]["graph"] = contender.graph
         if reason is None:
             run = contender.run
             runs[contender.name] = lambda i, run=run: run(i % case.copies)

@@ -4,7 +4,7 @@ Decoding is one step behind a prompt over a static cache, again and again at the
 where a name does not say "eager" (PEFT's adapters by row cannot be captured: `peft` is eager). `frozen` is
 transformers' own code in a graph: what a mixture must be compared with; `frozen eager` is what `generate`
 runs by default. Contenders share the base's weights but for the engine, whose q, k, v and gate, up are one
-tensor each. All are held against an fp32 copy as in `contenders.py`.
+tensor each. All are held against an fp32 copy as in `contenders.py`; a peer that is wrong has no time.
 """
 
 import copy
@@ -88,13 +88,15 @@ def decode_case(base: nn.Module, rows: int, graph: bool = True) -> Case:
     model, routing = make_engine(base, rows)
     prompt = common.make_prompt(base.config.vocab_size, rows, PROMPT).to(base.device)
     wanted = exact(model, routing, lambda forward: Step(forward, base.config, prompt, False)())
-    found = common.forwards(base, model, TARGETS["all"], routing)
+    wrong: dict[str, str] = {}
+    found = common.forwards(base, model, TARGETS["all"], routing, wrong)
     found |= {name + EAGER: found[name] for name in ("frozen", OURS)}
     calls = {}
     for name, forward in found.items():
         captured = graph and not name.endswith(EAGER) and name != "peft"
-        calls[name] = Step(forward, base.config, prompt[:1] if name == "dense" else prompt, captured)
-    common.verify({name: call().float() for name, call in calls.items()}, *wanted)
+        with common.excused(name, wrong):
+            calls[name] = Step(forward, base.config, prompt[:1] if name == "dense" else prompt, captured)
+    common.verify(common.answers(calls, wrong), *wanted, wrong)
     distinct = common.distinct_entries(routing)
     axes = {"kind": "decode", "model": NAME, "rows": rows, "entries": ENTRIES, "distinct": distinct}
     axes |= {"dtype": "bfloat16", "context": PROMPT}
@@ -102,11 +104,12 @@ def decode_case(base: nn.Module, rows: int, graph: bool = True) -> Case:
     size = itemsize * (linears(base) + distinct * added)
     operations = 2 * rows * (linears(base) + TOP_K * added)
     name = f"decode, {NAME}, {rows} rows"
-    return Case("model", name, axes, contenders_of(calls, rows), OURS, size, operations)
+    runs = contenders_of(calls, rows, wrong)
+    return Case("model", name, axes, runs, OURS, size, operations, dtype="bfloat16")
 
 
 def prefill_case(base: nn.Module, rows: int, tokens: int) -> Case:
-    """Eager calls; also the time to first token: the logits of the last one are the first answer's."""
+    """Eager calls, to the logits of the last token: the first answer's."""
     model, routing = make_engine(base, rows)
     prompt = common.make_prompt(base.config.vocab_size, rows, tokens).to(base.device)
 
@@ -115,12 +118,13 @@ def prefill_case(base: nn.Module, rows: int, tokens: int) -> Case:
         return forward(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1]
 
     wanted = exact(model, routing, call)
-    found = common.forwards(base, model, TARGETS["all"], routing)
+    wrong: dict[str, str] = {}
+    found = common.forwards(base, model, TARGETS["all"], routing, wrong)
     calls = {
         name: lambda forward=forward, ids=prompt[:1] if name == "dense" else prompt: call(forward, ids)
         for name, forward in found.items()
     }
-    common.verify({name: call().float() for name, call in calls.items()}, *wanted)
+    common.verify(common.answers(calls, wrong), *wanted, wrong)
     head = base.get_output_embeddings().weight.numel()
     attention = base.config.num_hidden_layers * base.config.hidden_size * tokens
     each = linears(base) - head + TOP_K * RANK * common.factor_features(model) + attention
@@ -131,25 +135,35 @@ def prefill_case(base: nn.Module, rows: int, tokens: int) -> Case:
     )
     name = f"prefill, {NAME}, {rows} x {tokens} tokens"
     operations = 2 * rows * (tokens * each + head)
-    return Case("model", name, axes, contenders_of(calls, rows), OURS, size, operations)
+    runs = contenders_of(calls, rows, wrong)
+    return Case("model", name, axes, runs, OURS, size, operations, dtype="bfloat16")
 
 
 def step_case(device: str, rows: int, tokens: int, **shape) -> Case:
     """A training step of a few layers of that width, bf16, learnt factors in fp32; `engine` is ours."""
     base = make_base(device, **({"num_hidden_layers": WIDE_LAYERS} | shape)).train()
     ids = bench_training.make_ids(base, rows, tokens).to(device)
-    bench_training.verify(base, TARGETS["all"], ids[:4, :32], False)
-    names = ("frozen", "engine", "peft", "dense")
-    steps = {name: bench_training.make_step(name, base, TARGETS["all"], ids, False) for name in names}
+    steps, wrong = training_steps(base, ids, ("frozen", "engine", "peft", "dense"))
     axes = {"kind": "step", "model": NAME, "layers": base.config.num_hidden_layers, "dtype": "bfloat16"}
     axes |= {"rows": rows, "tokens": tokens, "targets": "all", "checkpointing": "off"}
     name = f"training step, {NAME} wide, {rows} x {tokens} tokens"
-    return Case("model", name, axes, contenders_of(steps), "engine")
+    return Case("model", name, axes, contenders_of(steps, wrong=wrong), "engine", dtype="bfloat16")
+
+
+def training_steps(base: nn.Module, ids: Tensor, names: tuple[str, ...]) -> tuple[dict, dict[str, str]]:
+    """({contender: its step}, {contender: why it has no time}), on all linears."""
+    steps, wrong = {}, {}
+    bench_training.verify(base, TARGETS["all"], ids[:4, :32], False, wrong)
+    for name in names:
+        with common.excused(name, wrong):
+            steps[name] = bench_training.make_step(name, base, TARGETS["all"], ids, False)
+    return steps, {name: reason for name, reason in wrong.items() if name in names}
 
 
 def cases(quick: bool, device: str) -> Iterator[Case]:
     base = make_base(device)
     yield from (decode_case(base, rows) for rows in ((1, 8) if quick else (1, 8, 32)))
-    yield from (prefill_case(base, *size) for size in (((8, 512),) if quick else ((1, 128), (8, 512))))
+    sizes = ((8, 512),) if quick else ((1, 128), (1, 512), (8, 512))
+    yield from (prefill_case(base, *size) for size in sizes)
     del base
     yield step_case(device, 8, 128)

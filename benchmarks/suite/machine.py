@@ -112,7 +112,10 @@ def ceilings(device: str) -> dict:
     if device == "cuda":
         return {
             "copy_bytes_per_second": gpu_timing.copy_bandwidth(),
-            "operations_per_second": {"bfloat16": gpu_timing.matmul_rate()},
+            "operations_per_second": {
+                dtype_name(dtype): gpu_timing.matmul_rate(dtype=dtype)
+                for dtype in (torch.float32, torch.float16, torch.bfloat16)
+            },
         }
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
@@ -158,6 +161,44 @@ def pace(seconds: dict[str, float]) -> dict:
 def bandwidth(ceilings: dict) -> float:
     """Bytes/s that reading can reach: of a copy where reading alone was not measured."""
     return ceilings.get("read_bytes_per_second") or ceilings["copy_bytes_per_second"]
+
+
+def product_rate(ceilings: dict, dtype: str | None) -> float | None:
+    """Operations/s that products in a dtype can reach, or None where it was not measured.
+
+    What is narrower than fp32 can be widened: a CPU whose products in bf16 are slow is held to fp32's.
+    """
+    rates = ceilings["operations_per_second"]
+    names = {"float32": ("float32",), "float16": ("float16", "float32"), "bfloat16": ("bfloat16", "float32")}
+    return max((rates[name] for name in names.get(dtype, ()) if name in rates), default=None)
+
+
+def dtype_of(record: dict) -> str | None:
+    """Of a record's operations; older ones have it among their axes, or not at all."""
+    return record.get("dtype") or record["axes"].get("dtype")
+
+
+def rates(record: dict, ceilings: dict) -> dict:
+    """Bytes and operations per second of ours, and their shares of what the machine can reach: of memory's
+    bandwidth, and of large products in the record's dtype (None: not measured)."""
+    seconds, found = record["contenders"].get(record["ours"], {}).get("seconds"), {}
+    most = {"bytes": bandwidth(ceilings), "operations": product_rate(ceilings, dtype_of(record))}
+    for what, ceiling in most.items():
+        if seconds and record[what]:
+            found[f"{what}_per_second"] = reached = record[what] / seconds
+            found[f"{what}_share"] = reached / ceiling if ceiling else None
+    return found
+
+
+def rates_line(record: dict, ceilings: dict) -> str:
+    """Those in words; nothing where there are none."""
+    found, words = rates(record, ceilings), []
+    for what, unit, of in (("bytes", "GB/s", "memory's"), ("operations", "GFLOP/s", "products'")):
+        if f"{what}_per_second" in found:
+            share = found[f"{what}_share"]
+            words.append(f"{found[f'{what}_per_second'] / 1e9:,.1f} {unit}")
+            words[-1] += f" ({share:.0%} of {of})" if share is not None else ""
+    return ", ".join(words)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -4,7 +4,8 @@
 and batched products) and `dense` (the authors' offsets, sum_k w_k s B_k A_k, built and multiplied row by
 row). "layer" cases time the linear with its mixture: `frozen` is the linear alone, the floor; `peft` its LoRA
 layer with an adapter for each row. "step" cases are forward and backward of the update, for one task's
-entries.
+entries, row by row; `dense` builds every row's offset. "layer step" cases have the linear too, as `peft` has:
+one LoRA of rank K r for all rows, which is the most that it can train in a batch.
 
 Popularity says which of a pool's entries the rows of a batch pick: "distinct" (others for each row, as far as
 there are enough), "uniform" or "zipf" draws, "identical" (all rows the same).
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from slm_fast import ops, reference
 from suite.cases import Case, Contender, Effort, measured, near, reason_of, target
-from suite.machine import cache_bytes
+from suite.machine import cache_bytes, dtype_name
 from suite.peers import folded, installed_updates
 
 FEATURES, TOP_K, RANK = 576, 2, 8  # SmolLM2-135M's width
@@ -149,7 +150,8 @@ def update_case(
     size = x.element_size() * (2 * distinct * rank * FEATURES + 4 * tokens * FEATURES)
     name = f"update, {rows} x {length} tokens, r={rank}, K={top_k}, {popularity}"
     operations = 4 * tokens * top_k * rank * FEATURES
-    return Case("mixture", name, axes, contenders, "slm_fast", size, operations, copies, skipped=skipped)
+    options = dict(bytes=size, operations=operations, copies=copies, dtype=dtype_name(x.dtype))
+    return Case("mixture", name, axes, contenders, skipped=skipped, **options)
 
 
 def flat_case(rows: int, device: str) -> Case:
@@ -163,9 +165,12 @@ def flat_case(rows: int, device: str) -> Case:
         right = near(exact_update(pool, x, y, *picked), TOLERANCE[x.dtype])
         run = lambda i, args=args: ops.mixture(out.copy_(y), x, *args)  # noqa: E731
         contenders.append(Contender(f"{entries:,} entries", run, right))
-    axes = {"rows": rows, "distinct": min(FLAT[0], rows * TOP_K), "kind": "flat"}
-    ours = f"{FLAT[0]:,} entries"
-    return Case("mixture", f"pools of {FLAT[0]} to {FLAT[-1]:,} entries, {rows} rows", axes, contenders, ours)
+    distinct = min(FLAT[0], rows * TOP_K)
+    axes = {"rows": rows, "distinct": distinct, "kind": "flat"}
+    size = x.element_size() * (2 * distinct * RANK * FEATURES + 4 * rows * FEATURES)
+    options = dict(bytes=size, operations=4 * rows * TOP_K * RANK * FEATURES, dtype=dtype_name(x.dtype))
+    name, ours = f"pools of {FLAT[0]} to {FLAT[-1]:,} entries, {rows} rows", f"{FLAT[0]:,} entries"
+    return Case("mixture", name, axes, contenders, ours, **options)
 
 
 def peft_layer(pool: Pool, weight: Tensor, indices: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
@@ -187,36 +192,40 @@ def peft_layer(pool: Pool, weight: Tensor, indices: Tensor, weights: Tensor) -> 
     return lambda x: layer(x, adapter_names=names)
 
 
-def layer_case(rows: int, device: str) -> Case:
+def layer_case(rows: int, device: str, length: int = 1) -> Case:
+    """A linear of rows of `length` tokens."""
     pool = Pool(2 * max(rows, 6), RANK, FEATURES, device)
     indices, weights = pool.pick(rows, TOP_K, "distinct")
-    x = normal(rows, FEATURES, device=device)
+    tokens = rows * length
+    x = normal(tokens, FEATURES, device=device)
     weight = normal(FEATURES, FEATURES, device=device, seed=4) / FEATURES**0.5
     y = F.linear(x, weight)
     args = pool.arguments(indices, weights)
     right = near(exact_update(pool, x, y, indices, weights), TOLERANCE[x.dtype])
 
     def dense(_):
-        return F.linear(x[:1], weight + pool.offset(indices[0], weights[0]))
+        return F.linear(x[:length], weight + pool.offset(indices[0], weights[0]))
 
-    one = near(exact_update(pool, x[:1], y[:1], indices[:1], weights[:1]), TOLERANCE[x.dtype])
+    gathered = pool.gathered if length == 1 else pool.gathered_tokens
+    one = near(exact_update(pool, x[:length], y[:length], indices[:1], weights[:1]), TOLERANCE[x.dtype])
     contenders = [
         Contender("frozen", lambda _: F.linear(x, weight), near(y, TOLERANCE[x.dtype])),
         Contender("slm_fast", lambda _: ops.mixture(F.linear(x, weight), x, *args), right),
-        Contender("torch", lambda _: pool.gathered(x, F.linear(x, weight), indices, weights), right),
+        Contender("torch", lambda _: gathered(x, F.linear(x, weight), indices, weights), right),
         Contender("dense", dense, one, scale=rows),
     ]
     skipped = {}
     try:
         layer = peft_layer(pool, weight, indices, weights)
-        contenders.append(Contender("peft", lambda _: layer(x[:, None])[:, 0], right))
+        contenders.append(Contender("peft", lambda _: layer(x.view(rows, length, -1)).view_as(x), right))
     except Exception as error:  # of a peer
         skipped["peft"] = reason_of(error)
-    axes = {"rows": rows, "length": 1, "kind": "layer", "rank": RANK, "top_k": TOP_K}
-    size = x.element_size() * (FEATURES**2 + 2 * rows * TOP_K * RANK * FEATURES + 2 * rows * FEATURES)
-    operations = 2 * rows * (FEATURES**2 + 2 * TOP_K * RANK * FEATURES)
-    name = f"layer, {rows} rows"
-    return Case("mixture", name, axes, contenders, "slm_fast", size, operations, skipped=skipped)
+    axes = {"rows": rows, "length": length, "kind": "layer", "rank": RANK, "top_k": TOP_K}
+    size = x.element_size() * (FEATURES**2 + 2 * rows * TOP_K * RANK * FEATURES + 2 * tokens * FEATURES)
+    operations = 2 * tokens * (FEATURES**2 + 2 * TOP_K * RANK * FEATURES)
+    name = f"layer, {rows} rows" if length == 1 else f"layer, {rows} x {length} tokens"
+    options = dict(bytes=size, operations=operations, dtype=dtype_name(x.dtype))
+    return Case("mixture", name, axes, contenders, skipped=skipped, **options)
 
 
 def all_near(wanted: Sequence[Tensor], tolerance: float) -> Callable[[Sequence[Tensor]], str | None]:
@@ -230,43 +239,122 @@ def all_near(wanted: Sequence[Tensor], tolerance: float) -> Callable[[Sequence[T
     return check
 
 
+class Learnt:
+    """A task's four entries, beside which four others lie, and rows of `length` tokens that mix all four with
+    weights of their own. Forward and backward compute y, dx, and dA, dB of those entries."""
+
+    top_k = entries = 4
+
+    def __init__(self, rows: int, length: int, device: str) -> None:
+        self.pool = Pool(2 * self.entries, RANK, FEATURES, device)
+        self.owned = (self.entries * RANK, 2 * self.entries * RANK)
+        self.x = normal(rows * length, FEATURES, device=device).requires_grad_()
+        self.y, self.dy = normal(2, rows * length, FEATURES, device=device, seed=4)
+        generator = torch.Generator(device).manual_seed(5)
+        self.picks = torch.stack([torch.randperm(self.entries) for _ in range(rows)]).to(device)
+        self.indices = (self.picks + self.entries).int()
+        self.weights = torch.rand(rows, self.top_k, generator=generator, device=device).softmax(-1)
+        A, B = (t[slice(*self.owned)].clone() for t in (self.pool.A, self.pool.B))
+        self.A, self.B = torch.nn.Parameter(A), torch.nn.Parameter(B)
+
+    def grads(self, out: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """(out, its gradients)"""
+        return out.detach(), *torch.autograd.grad(out, leaves, self.dy.to(out.dtype))
+
+    def ours(self, y: Tensor) -> tuple[Tensor, ...]:
+        pool, leaves = self.pool, (self.x, self.A, self.B)
+        args = (pool.A, pool.B, pool.start, pool.ranks, pool.scaling, self.indices, self.weights)
+        options = dict(A_owned=self.A, B_owned=self.B, owned=self.owned, max_rank=RANK)
+        return self.grads(ops.mixture(y, self.x, *args, **options), *leaves)
+
+    def gathered(self, y: Tensor) -> tuple[Tensor, ...]:
+        out = row_products(self.A, self.B, RANK, self.x, y, self.picks, self.weights)
+        return self.grads(out, self.x, self.A, self.B)
+
+    def dense(self, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The authors' offset of every row, [rows, out, in], added to the linear's weight or to y."""
+        A, B = (t.view(self.entries, RANK, -1)[self.picks].flatten(1, 2) for t in (self.A, self.B))
+        scaled = B * self.weights.repeat_interleave(RANK, 1)[..., None].to(B.dtype)
+        offsets, x = torch.bmm(scaled.mT, A), self.x.view(len(self.picks), -1, FEATURES)
+        if weight is None:
+            out = torch.baddbmm(self.y.view_as(x), x, offsets.mT)
+        else:
+            out = torch.bmm(x, (weight + offsets).mT)
+        return self.grads(out.view_as(self.y), self.x, self.A, self.B)
+
+    def exact(self, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+        """In fp64, in plain PyTorch."""
+        X, A, B = (t.detach().double().requires_grad_() for t in (self.x, self.pool.A, self.pool.B))
+        y = self.y.double() if weight is None else F.linear(X, weight.double())
+        pool, weights = self.pool, self.weights.double()
+        args = (pool.start, pool.ranks, pool.scaling.double(), self.indices, weights)
+        out, dx, dA, dB = self.grads(reference.mixture(y, X, A, B, *args), X, A, B)
+        return out, dx, dA[slice(*self.owned)], dB[slice(*self.owned)]
+
+
 def step_case(rows: int, length: int, device: str) -> Case:
-    """Forward and backward: dx, and dA, dB of the task's four entries, beside which four others lie."""
-    top_k, owned_entries = 4, 4
-    pool = Pool(2 * owned_entries, RANK, FEATURES, device)
-    owned = (owned_entries * RANK, 2 * owned_entries * RANK)
-    x = normal(rows * length, FEATURES, device=device).requires_grad_()
-    y, dy = normal(2, rows * length, FEATURES, device=device, seed=4)
-    generator = torch.Generator(device).manual_seed(5)
-    picks = torch.stack([torch.randperm(owned_entries) for _ in range(rows)]).to(device)
-    indices = (picks + owned_entries).int()
-    weights = torch.rand(rows, top_k, generator=generator, device=device).softmax(-1)
-    args = (pool.start, pool.ranks, pool.scaling, indices, weights)
-    A_owned, B_owned = (torch.nn.Parameter(t[owned[0] : owned[1]].clone()) for t in (pool.A, pool.B))
-
-    def grads(out, *leaves):
-        return out.detach(), *torch.autograd.grad(out, leaves, dy.to(out.dtype))
-
-    def ours(_):
-        options = dict(A_owned=A_owned, B_owned=B_owned, owned=owned, max_rank=RANK)
-        return grads(ops.mixture(y.clone(), x, pool.A, pool.B, *args, **options), x, A_owned, B_owned)
-
-    def gathered(_):
-        return grads(row_products(A_owned, B_owned, RANK, x, y, picks, weights), x, A_owned, B_owned)
-
-    def exact():
-        X, A, B = (t.detach().double().requires_grad_() for t in (x, pool.A, pool.B))
-        exact_args = (pool.start, pool.ranks, pool.scaling.double(), indices, weights.double())
-        out, dx, dA, dB = grads(reference.mixture(y.double(), X, A, B, *exact_args), X, A, B)
-        return out, dx, dA[owned[0] : owned[1]], dB[owned[0] : owned[1]]
-
-    right = all_near(exact(), TOLERANCE[x.dtype])
-    contenders = [Contender("slm_fast", ours, right), Contender("torch", gathered, right)]
+    """Forward and backward of the update."""
+    learnt = Learnt(rows, length, device)
+    x, top_k = learnt.x, learnt.top_k
+    right = all_near(learnt.exact(), TOLERANCE[x.dtype])
+    contenders = [
+        Contender("slm_fast", lambda _: learnt.ours(learnt.y.clone()), right),
+        Contender("torch", lambda _: learnt.gathered(learnt.y), right),
+        Contender("dense", lambda _: learnt.dense(), right),
+    ]
     axes = {"rows": rows, "length": length, "kind": "step", "rank": RANK, "top_k": top_k}
     size = x.element_size() * rows * length * FEATURES * 7
     operations = 12 * rows * length * top_k * RANK * FEATURES
     name = f"forward and backward, {rows} x {length} tokens, r={RANK}, K={top_k}"
-    return Case("mixture", name, axes, contenders, "slm_fast", size, operations)
+    options = dict(bytes=size, operations=operations, dtype=dtype_name(x.dtype))
+    return Case("mixture", name, axes, contenders, **options)
+
+
+def peft_step(learnt: Learnt, weight: Tensor) -> tuple[Callable, tuple[Tensor, ...]]:
+    """(a call, what it must return): PEFT's layer with one LoRA, the task's four entries side by side."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(*weight.T.shape, bias=False)}).to(weight)
+    model["linear"].weight = torch.nn.Parameter(weight, requires_grad=False)
+    rank, A, B = learnt.top_k * RANK, learnt.A.detach(), learnt.B.detach().T
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
+    layer = inject_adapter_in_model(config, model)["linear"].to(weight.dtype)
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    down.data.copy_(A)
+    up.data.copy_(B)
+    X, A, B = (t.detach().double().requires_grad_() for t in (learnt.x, A, B))
+    exact = learnt.grads(F.linear(X, weight.double()) + X @ A.T @ B.T, X, A, B)
+    return lambda _: learnt.grads(layer(learnt.x), learnt.x, down, up), exact
+
+
+def layer_step_case(rows: int, length: int, device: str) -> Case:
+    """Forward and backward of a frozen linear and its update."""
+    learnt = Learnt(rows, length, device)
+    x, top_k = learnt.x, learnt.top_k
+    weight = normal(FEATURES, FEATURES, device=device, seed=6) / FEATURES**0.5
+    tolerance, exact = TOLERANCE[x.dtype], learnt.exact(weight)
+    right = all_near(exact, tolerance)
+    plain = [
+        t.to(x.dtype) for t in (x.detach().double() @ weight.double().T, learnt.dy.double() @ weight.double())
+    ]
+    contenders = [
+        Contender("frozen", lambda _: learnt.grads(F.linear(x, weight), x), all_near(plain, tolerance)),
+        Contender("slm_fast", lambda _: learnt.ours(F.linear(x, weight)), right),
+        Contender("torch", lambda _: learnt.gathered(F.linear(x, weight)), right),
+        Contender("dense", lambda _: learnt.dense(weight), right),
+    ]
+    skipped = {}
+    try:
+        run, wanted = peft_step(learnt, weight)
+        contenders.append(Contender("peft", run, all_near(wanted, tolerance)))
+    except Exception as error:  # of a peer
+        skipped["peft"] = reason_of(error)
+    axes = {"rows": rows, "length": length, "kind": "layer step", "rank": RANK, "top_k": top_k}
+    size = x.element_size() * (2 * FEATURES**2 + rows * length * FEATURES * 7)
+    operations = rows * length * FEATURES * (4 * FEATURES + 12 * top_k * RANK)
+    name = f"layer, forward and backward, {rows} x {length} tokens"
+    options = dict(bytes=size, operations=operations, dtype=dtype_name(x.dtype))
+    return Case("mixture", name, axes, contenders, skipped=skipped, **options)
 
 
 def cases(quick: bool, device: str) -> Iterator[Case]:
@@ -281,13 +369,18 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
     decode += [(32, 64, RANK, TOP_K, popularity) for popularity in popular]
     for rows, entries, rank, top_k, popularity in decode:
         yield update_case(rows, 1, entries, rank, top_k, popularity, device)
-    for rows, length in ((8, 128),) if quick else ((1, 128), (8, 32), (8, 128), (8, 512)):
-        yield update_case(rows, length, 64, RANK, TOP_K, "distinct", device)
+    prefill = [(8, 128, RANK, "distinct")]
+    if not quick:
+        prefill += [(rows, length, RANK, "distinct") for rows, length in ((1, 128), (8, 32), (8, 512))]
+        prefill += [(8, 128, RANK, "zipf"), (8, 128, RANK, "identical"), (8, 128, 64, "distinct")]
+    for rows, length, rank, popularity in prefill:
+        yield update_case(rows, length, 64, rank, TOP_K, popularity, device)
     yield flat_case(8, device)
-    for rows in (8,) if quick else (1, 8, 32):
-        yield layer_case(rows, device)
+    for rows, length in ((8, 1),) if quick else ((1, 1), (8, 1), (32, 1), (1, 128), (8, 128)):
+        yield layer_case(rows, device, length)
     for rows, length in ((8, 128),) if quick else ((8, 32), (8, 128), (32, 128)):
         yield step_case(rows, length, device)
+        yield layer_step_case(rows, length, device)
 
 
 def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:

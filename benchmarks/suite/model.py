@@ -1,11 +1,13 @@
 """Whole models: prefill, decoding, time to first token, memory and a training step.
 
-Contenders are those of `contenders.py`, verified against an fp32 copy, but for `frozen fp32`, which is one.
-While decoding and in prefill `dense` answers one row, its time counts for all. SmolLM2-135M, all linears,
-every row its own mixture; in full mode also two layers of LLaMA-2-7B's shape.
+Contenders are those of `contenders.py`, verified against an fp32 copy, but for `frozen fp32`, which is one;
+a peer that is wrong has no time. While decoding and in prefill `dense` answers one row, its time counts for
+all. SmolLM2-135M, all linears, every row its own mixture; in full mode also two layers of LLaMA-2-7B's shape.
+"first token" cases begin with texts, see `first_token.py`.
 """
 
 import copy
+import gc
 from collections.abc import Iterator
 
 import bench_decode
@@ -14,10 +16,10 @@ import bench_prefill
 import bench_training
 import contenders as common
 import torch
-from contenders import ENTRIES, RANK, TARGETS, TOP_K
+from contenders import ENTRIES, RANK, TOP_K
 from torch import nn
 
-from suite import gpu_model
+from suite import first_token, gpu_model
 from suite.cases import Case, Effort, contenders_of, measure, measured, target
 from suite.machine import dtype_name, natural_dtype
 
@@ -34,7 +36,8 @@ def read_bytes(base: nn.Module, added: int) -> int:
 
 def decode_case(name: str, base: nn.Module, rows: int) -> Case:
     """In bf16. Where the CPU does not multiply bf16, the frozen model in fp32 takes part too."""
-    model, routing, decoders = bench_decode.verified(base, "all", ENTRIES[name], rows)
+    wrong: dict[str, str] = {}
+    model, routing, decoders = bench_decode.verified(base, "all", ENTRIES[name], rows, wrong)
     if natural_dtype() != base.dtype:
         exact = copy.deepcopy(base).to(torch.float32)
         decoders["frozen fp32"] = bench_decode.Decoder(exact, rows, base.config.vocab_size)
@@ -45,14 +48,15 @@ def decode_case(name: str, base: nn.Module, rows: int) -> Case:
     operations = 2 * rows * (weights + TOP_K * RANK * features)
     axes = {"kind": "decode", "model": name, "rows": rows, "entries": ENTRIES[name], "distinct": distinct}
     axes["dtype"] = dtype_name(base.dtype)
-    runs, case_name = contenders_of(decoders, rows), f"decode, {name}, {rows} rows"
+    runs, case_name = contenders_of(decoders, rows, wrong), f"decode, {name}, {rows} rows"
     # Every call lengthens the cache: none may have more of them.
-    return Case("model", case_name, axes, runs, OURS, size, operations, warm=False)
+    return Case("model", case_name, axes, runs, OURS, size, operations, dtype=axes["dtype"], warm=False)
 
 
 def prefill_case(name: str, base: nn.Module, rows: int, tokens: int) -> Case:
-    """Also the time to first token: the logits of the last one are the first answer's."""
-    model, routing, calls = bench_prefill.verified(base, "all", ENTRIES[name], rows, tokens)
+    """To the logits of the last token: the first answer's."""
+    wrong: dict[str, str] = {}
+    model, routing, calls = bench_prefill.verified(base, "all", ENTRIES[name], rows, tokens, wrong)
     head = base.get_output_embeddings()
     linears = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear) and m is not head)
     mixture = TOP_K * RANK * common.factor_features(model)
@@ -63,23 +67,24 @@ def prefill_case(name: str, base: nn.Module, rows: int, tokens: int) -> Case:
     entries = common.distinct_entries(routing) * RANK * common.factor_features(model)
     size = read_bytes(base, entries * base.dtype.itemsize)
     case_name = f"prefill, {name}, {rows} x {tokens} tokens"
-    return Case("model", case_name, axes, contenders_of(calls, rows), OURS, size, operations)
+    runs = contenders_of(calls, rows, wrong)
+    return Case("model", case_name, axes, runs, OURS, size, operations, dtype=axes["dtype"])
 
 
 def step_case(name: str, rows: int, tokens: int, contenders: tuple[str, ...]) -> Case:
     """A training step, fp32, all linears; `engine` is ours."""
     setting = {"model": name, "dtype": "fp32", "targets": "all", "checkpointing": "off"}
-    base, targets = bench_training.make_base(name, torch.float32), TARGETS["all"]
+    base = bench_training.make_base(name, torch.float32)
     ids = bench_training.make_ids(base, rows, tokens)
-    bench_training.verify(base, targets, ids[:4, :32], False)
-    steps = {key: bench_training.make_step(key, base, targets, ids, False) for key in contenders}
+    steps, wrong = gpu_model.training_steps(base, ids, contenders)
     axes = {"kind": "step", "rows": rows, "tokens": tokens} | setting
     case_name = f"training step, {name}, {rows} x {tokens} tokens"
-    return Case("model", case_name, axes, contenders_of(steps), "engine")
+    return Case("model", case_name, axes, contenders_of(steps, wrong=wrong), "engine", dtype="float32")
 
 
 def memory_record(name: str, rows: int, rounds: int, repeats: int) -> dict:
-    """Resident bytes above the frozen model's, of processes of their own; see `bench_memory.py`."""
+    """Resident bytes above the frozen model's, of processes of their own; see `bench_memory.py`.
+    `peak_bytes` is all of such a process."""
     found = bench_memory.measure(name, "all", rows, rounds, repeats)
     numbers = {
         key: {"memory_bytes": c["above_frozen"], "peak_bytes": c["peak"], "pool_bytes": c["pool"]}
@@ -106,6 +111,9 @@ def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
         yield from map(
             tokens_per_second, measured((prefill_case(name, base, *size) for size in sizes), device, effort)
         )
+        if name == "smol":
+            yield from first_token.records(base, (1,) if quick else (1, 8), effort)
+            gc.collect()
         if not quick:
             yield memory_record(name, 16, 10, 1)
     contenders = ("frozen", "engine", "peft", "dense")

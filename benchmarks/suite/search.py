@@ -171,12 +171,13 @@ class Problem:
         name = f"{num_keys:,} keys x {dim} {dtype}, {num_queries} queries" + (", cold" if self.cold else "")
         operations = 2 * num_keys * dim * num_queries
         options = dict(bytes=scanned, operations=operations, copies=self.copies, skipped=self.skipped)
+        options["dtype"] = "int8" if codes_bytes else dtype
         return Case("search", name, axes, contenders, **options)
 
 
 def refresh_case(num_keys: int, dim: int = WIDE) -> Case:
     """What a new task costs a pool of that many entries beside its own keys and statistics: the metric's
-    factor again, and all that is searched."""
+    factor again, and all that is searched. `torch`: both in plain PyTorch, fp64, from the covariance."""
     keys = make_keys(num_keys, dim, "cpu")
     pool = KnowledgePool(SLMConfig(), {"none": (1, 1)})
     queries = make_queries(keys, 4 * ENTRIES)
@@ -192,9 +193,15 @@ def refresh_case(num_keys: int, dim: int = WIDE) -> Case:
     want = torch.linalg.solve(whole, (keys[:ENTRIES] - pool.metric.mean).double().T).T.float()
     axes = {"kind": "refresh", "keys": num_keys, "dim": dim}
     operations = round(dim**3 / 3 + 2 * num_keys * dim**2)  # a factor, two triangular solves a key
-    contenders = [Contender("slm_fast", run, near(want, 1e-4))]
+    centred = (keys - pool.metric.mean).double()
+
+    def plain(_):
+        return torch.cholesky_solve(centred.T, torch.linalg.cholesky(whole)).T[:ENTRIES].float()
+
+    right = near(want, 1e-4)
+    contenders = [Contender("slm_fast", run, right), Contender("torch", plain, right)]
     name = f"the metric of {num_keys:,} entries x {dim} again"
-    return Case("search", name, axes, contenders, operations=operations)
+    return Case("search", name, axes, contenders, operations=operations, dtype="float64")
 
 
 def cases(quick: bool, device: str) -> Iterator[Case]:

@@ -3,10 +3,11 @@
 `transformers` is the frozen model in transformers' own continuous batching, `off` the engine with every
 request on the frozen model, `on` with a mixture of its own for each request. Before anything is timed, the
 engine in fp32 must give a batch's requests the tokens that each gets alone. Arrivals are a Poisson process;
-at rate infinity all requests are there at once, and `tokens_per_second` is the most that the machine gives.
+at rate infinity all requests are there at once, and `tokens_per_second` is the most that the machine gives:
+"load" is the share of `on`'s at which requests come.
 
 Latencies are over all requests of all rounds, in seconds: `first_token` from the arrival on, `per_token` of
-those after the first; 50% and 95%.
+those after the first; 50% and 95%. `first_token_95_low` and `_high` are the quantiles of the rounds' own.
 """
 
 import copy
@@ -23,11 +24,12 @@ from transformers import GenerationConfig
 
 from slm_fast.continuous import batching_config
 from slm_fast.routing import Routing
-from suite.cases import Case, Contender, Effort, measure
+from suite.cases import Case, Contender, Effort, measure, quantiles
 from suite.machine import dtype_name, natural_dtype
 
 PROMPTS, ENTRIES = (16, 48), 64  # the shortest and the longest prompt in tokens; of the pool
-OURS = "on"
+OURS, CUDA = "on", "cuda"
+LOADS = (0.25, 0.5, 0.9)
 
 
 def make_prompts(vocab: int, count: int) -> list[list[int]]:
@@ -75,8 +77,15 @@ class Load:
         for name, values in (("first_token", first_token), ("per_token", per_token)):
             values = sorted(values)
             for share in (50, 95):
-                found[f"{name}_{share}"] = values[min(len(values) - 1, share * len(values) // 100)]
+                found[f"{name}_{share}"] = at_share(values, share)
+        each = [at_share(sorted(s[1] - s[0] for s in call), 95) for call in self.calls[1:]]
+        found["first_token_95_low"], _, found["first_token_95_high"] = quantiles(each)
         return found
+
+
+def at_share(values: list[float], percent: int) -> float:
+    """The value that so many of the sorted ones are below."""
+    return values[min(len(values) - 1, percent * len(values) // 100)]
 
 
 def everything(model, routing: Routing, prompts: list, new_tokens: int, rate: float) -> dict[str, Load]:
@@ -118,36 +127,48 @@ def verify(model, prompts: list[list[int]], new_tokens: int = 6) -> None:
             raise SystemExit(f"request {row}: {together[row]} in a batch, {alone} alone; nothing is timed")
 
 
+def unavailable(device: str) -> str | None:
+    """Why nothing is measured there, or None."""
+    if device == CUDA:
+        return "measured on the CPU alone: the engine's continuous batching refuses CUDA graphs"
+    return None
+
+
 def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
-    """SmolLM2-135M on the CPU: all at once, then arrivals at half of what that gave."""
-    if device != "cpu":
+    """SmolLM2-135M on the CPU: all at once, then arrivals at shares of what that gave."""
+    if unavailable(device) is not None:
         return
     base = common.make_base("smol", natural_dtype())
     model = common.make_engine(base, TARGETS["all"], ENTRIES)
     count, new_tokens = (4, 6) if quick else (16, 16)
     prompts = make_prompts(model.base_model.config.vocab_size, count)
     verify(model, prompts[:3])
-    routing, rate = common.make_routing(model, count), math.inf
+    routing, most = common.make_routing(model, count), math.inf  # requests per second
     effort = Effort(2, 3 if quick else 5, effort.seconds)
-    for arrivals in ("at once", "poisson"):
+
+    def right(tokens):
+        lengths = [len(row) for row in tokens]
+        return None if lengths == [new_tokens] * count else f"lengths {lengths}, wanted {new_tokens} each"
+
+    for load in (None, 0.5) if quick else (None, *LOADS):
+        rate = math.inf if load is None else load * most
         loads = everything(model, routing, prompts, new_tokens, rate)
-
-        def right(tokens):
-            lengths = [len(row) for row in tokens]
-            return None if lengths == [new_tokens] * count else f"lengths {lengths}, wanted {new_tokens} each"
-
-        contenders = [Contender(name, lambda _, load=load: load(), right) for name, load in loads.items()]
-        axes = {"requests": count, "new_tokens": new_tokens, "arrivals": arrivals}
-        axes["dtype"] = dtype_name(base.dtype)
-        axes["rate"] = rate if math.isfinite(rate) else None
-        name = f"{count} requests {arrivals}, {new_tokens} new tokens"
-        record = measure(Case("serve", name, axes, contenders, OURS), effort)
-        for name, load in loads.items():
+        contenders = [Contender(name, lambda _, sent=sent: sent(), right) for name, sent in loads.items()]
+        axes = {"requests": count, "new_tokens": new_tokens, "dtype": dtype_name(base.dtype)}
+        if load is None:
+            axes |= {"arrivals": "at once", "rate": None}
+            name = f"{count} requests at once, {new_tokens} new tokens"
+        else:
+            axes |= {"arrivals": "poisson", "rate": rate, "load": load}
+            name = f"{count} requests at {load:.0%} of capacity, {new_tokens} new tokens"
+        record = measure(Case("serve", name, axes, contenders, OURS, dtype=axes["dtype"]), effort)
+        for name, sent in loads.items():
             found = record["contenders"][name]
             if "seconds" in found:
-                found |= load.numbers() | {"tokens_per_second": count * new_tokens / found["seconds"]}
+                found |= sent.numbers() | {"tokens_per_second": count * new_tokens / found["seconds"]}
         yield record
-        rate = 0.5 * record["contenders"]["on"]["tokens_per_second"] / new_tokens
+        if load is None:
+            most = record["contenders"][OURS]["tokens_per_second"] / new_tokens
 
 
 def targets(records: list[dict], ceilings: dict) -> list[dict]:

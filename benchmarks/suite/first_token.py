@@ -1,0 +1,159 @@
+"""From texts to the logits of the first answer: what a user waits for, on the CPU.
+
+    frozen   texts -> tokenizer -> prefill
+    on       texts -> encoder -> key search -> routing; tokenizer -> prefill with every row's mixture
+
+SmolLM2-135M with its own tokenizer, queries by all-MiniLM-L6-v2, whose memory of texts is emptied before
+every call. The logits must be those of fp32 models that get each row by itself, without padding, and for `on`
+the routing as given numbers, on the reference ops: at most twice the error that the frozen model makes by
+single rows. Medians of the parts go into the record: `encoder_seconds`, `search_seconds`,
+`tokenizer_seconds`, `prefill_seconds`.
+"""
+
+import copy
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import contenders as common
+import torch
+from contenders import ENTRIES, RANK, TARGETS, TOP_K
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from slm_fast import Routing, SLMConfig, get_slm_model
+from slm_fast.loading import packaged_model, with_pad_token
+from suite.cases import Case, Contender, Effort, measure
+from suite.machine import dtype_name
+
+OURS, WORDS = "on", 64  # words of a text
+VOCABULARY = (
+    "the a one this that every no some river model city answer question light number house paper water "
+    "history letter engine table garden reason winter machine is was has gives takes finds keeps follows "
+    "of in on with from to and or but because while where which small large old new open quiet green first"
+).split()
+
+
+def make_texts(rows: int, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(VOCABULARY, k=WORDS)) for _ in range(rows)]
+
+
+def make_tokenizer():
+    """SmolLM2's, out of its GGUF file; `AutoTokenizer` would read that twice, which takes ten seconds."""
+    path = packaged_model("smollm2")
+    tokenizer = with_pad_token(PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name))
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def make_model(base: nn.Module, entries: int):
+    """The engine on a copy of the base, with keys among which texts like ours have their queries."""
+    config = SLMConfig(r=RANK, top_k=TOP_K, target_modules=TARGETS["all"], encoder_name_or_path="minilm")
+    model, generator = get_slm_model(copy.deepcopy(base), config), torch.Generator().manual_seed(0)
+    queries = model.encoder(make_texts(16, seed=1)).repeat(entries // 4, 1)  # four for each entry
+    queries += 0.02 * torch.randn(queries.shape, generator=generator)
+    model.pool.add_task("all", queries[:entries], queries=queries, generator=generator)
+    model.pool.factors.to(base.dtype)
+    for factors in model.pool.factors:
+        factors.B.copy_(0.02 * torch.randn(factors.B.shape, generator=generator))
+    return model
+
+
+class FirstToken:
+    """A contender: a call returns the logits [rows, vocab] and keeps how long its parts took."""
+
+    def __init__(self, forward: Callable, tokenizer, texts: list[str], model=None) -> None:
+        self.forward, self.tokenizer, self.texts, self.model = forward, tokenizer, texts, model
+        self.seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        options = {}
+        if self.model is not None:
+            self.model.encoder._cache.clear()  # a text that was seen before costs nothing
+            with self.part("encoder"):
+                queries = self.model.encoder(self.texts)
+            with self.part("search"):
+                options["routing"] = self.model.pool.search(queries)
+        with self.part("tokenizer"):
+            inputs = self.tokenizer(self.texts, padding=True, return_tensors="pt")
+        with self.part("prefill"):
+            return self.forward(**inputs, **options, logits_to_keep=1).logits[:, -1]
+
+    def numbers(self) -> dict[str, float]:
+        """Medians of all calls but the first, which is none of the rounds."""
+        return {f"{name}_seconds": statistics.median(taken[1:]) for name, taken in self.seconds.items()}
+
+
+@torch.inference_mode()
+def by_rows(forward: Callable[[int], Callable], tokenizer, texts: list[str]) -> Tensor:
+    """[rows, vocab] fp32 logits of every text by itself; `forward(row)` answers it."""
+    found = []
+    for row, text in enumerate(texts):
+        inputs = tokenizer([text], return_tensors="pt")
+        found.append(forward(row)(**inputs, logits_to_keep=1).logits[:, -1].float())
+    return torch.cat(found)
+
+
+def exact_logits(model, routing: Routing, tokenizer, texts: list[str]) -> list[Tensor]:
+    """Of an fp32 copy on the reference ops, with the mixtures and without."""
+    exact = copy.deepcopy(model).float()
+    exact.pool.config.backend = "reference"
+
+    def answered(row: int) -> Callable:
+        return common.engine_forward(exact, routing.rows([row]))
+
+    return [by_rows(answered, tokenizer, texts), by_rows(lambda _: exact.base_model, tokenizer, texts)]
+
+
+def case(base: nn.Module, model, tokenizer, rows: int) -> tuple[Case, dict[str, FirstToken]]:
+    """The case and its contenders by name."""
+    texts = make_texts(rows)
+    found = model.route(texts)
+    routing = Routing.make(found.indices, found.weights, pool_version=model.pool.version)
+    mixed, plain = exact_logits(model, routing, tokenizer, texts)
+    own = by_rows(lambda _: base, tokenizer, texts)
+    allowed = 2 * float((own - plain).norm() / plain.norm()) + 1e-2
+
+    def right(want: Tensor) -> Callable[[Tensor], str | None]:
+        def check(got: Tensor) -> str | None:
+            error = float((got.float() - want).norm() / want.norm())
+            return None if error <= allowed else f"wrong logits: error {error:.1e}, allowed {allowed:.1e}"
+
+        return check
+
+    paths = {
+        "frozen": FirstToken(base, tokenizer, texts),
+        OURS: FirstToken(model, tokenizer, texts, model),
+    }
+    contenders = [
+        Contender("frozen", lambda _: paths["frozen"](), right(plain)),
+        Contender(OURS, lambda _: paths[OURS](), right(mixed)),
+    ]
+    tokens = max(len(ids) for ids in tokenizer(texts)["input_ids"])
+    axes = {"kind": "first_token", "model": "smol", "rows": rows, "tokens": tokens}
+    axes |= {"entries": model.pool.num_entries, "dtype": dtype_name(base.dtype)}
+    name = f"first token, smol, {rows} {'row' if rows == 1 else 'rows'} of text"
+    return Case("model", name, axes, contenders, OURS, dtype=axes["dtype"]), paths
+
+
+def records(base: nn.Module, counts: tuple[int, ...], effort: Effort) -> Iterator[dict]:
+    """`first_token_seconds` is `seconds` by its name."""
+    model, tokenizer = make_model(base, ENTRIES["smol"]), make_tokenizer()
+    for rows in counts:
+        made, paths = case(base, model, tokenizer, rows)
+        record = measure(made, effort)
+        for name, path in paths.items():
+            found = record["contenders"][name]
+            if "seconds" in found:
+                found |= path.numbers() | {"first_token_seconds": found["seconds"]}
+        yield record
