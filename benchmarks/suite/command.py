@@ -176,9 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     words = ", ".join(SECTIONS) + "; default: all"
-    parser.add_argument(
-        "sections", nargs="*", type=section_of, metavar="SECTION", help=f"{words}; default: all"
-    )
+    parser.add_argument("sections", nargs="*", type=section_of, metavar="SECTION", help=words)
     parser.add_argument("--quick", action="store_true", help="few sizes, at most five minutes on two cores")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=machine.DEVICE)
     parser.add_argument("--output", type=Path, default=Path("bench_output"), help="folder of the result")
