@@ -16,7 +16,7 @@ from slm_fast.keys import METRIC_CLASSES, TEMPERATURES, learn_keys
 from slm_fast.reference import KeyCodes
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
-from slm_fast.twins import share_with_twins, twins
+from slm_fast.twins import near_duplicates, share_with_twins, twins
 
 CODED_SLOTS = 64  # from which on a search on the CPU gains by codes of the keys
 SLOT_BUFFERS = ("start", "rank", "scaling", "active", "slot_version", "factors_version", "slot_task", "keys")
@@ -132,6 +132,12 @@ class KnowledgePool(nn.Module):
         if name not in found:
             found[name] = twins(self, name)
         return found[name]
+
+    def near_duplicates(self, name: str) -> list[str]:
+        """Tasks with any labels, or none, whose texts look like those of task `name`: rows may go to either.
+        Raises ValueError on an unknown task. See `twins.near_duplicates`."""
+        self.task(name)
+        return near_duplicates(self, name)
 
     def rows_of(self, slots: list[int]) -> slice:
         """The slab rows of entries that lie side by side, as a task's do."""

@@ -1,5 +1,7 @@
 """Near-duplicate tasks: which they are, and rows that share their weight with those of their task."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -7,22 +9,28 @@ from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
 
 
-def twins(pool, name: str) -> list[str]:
-    """The tasks with the labels of task `name` of which each could hold the other's texts, in the order of
-    their names: in the mean those lie no farther away than a share `coverage` of a task's own. The tasks'
-    statistics say so, whatever was learnt first."""
-    labels, coverage = pool.task(name).labels, pool.config.coverage
+def near_duplicates(pool, name: str, among: Iterable[str] | None = None) -> list[str]:
+    """The tasks (of `among`) of which each could hold the texts of task `name`, and the other way round, in
+    the order of their names: in the mean those lie no farther away than a share `coverage` of a task's own.
+    The tasks' statistics say so, whatever was learnt first; without statistics there are none."""
     known = pool.metric.tasks if pool.metric is not None and pool.metric.has_statistics else {}
-    if labels is None or module_key(name) not in known:
-        return []
-    own, found = known[module_key(name)], []
-    for other in sorted(pool.tasks):
-        theirs = pool.tasks[other].labels
-        if other != name and theirs and set(theirs) == set(labels) and module_key(other) in known:
+    coverage, found = pool.config.coverage, []
+    if module_key(name) not in known:
+        return found
+    own = known[module_key(name)]
+    for other in sorted(pool.tasks if among is None else among):
+        if other != name and module_key(other) in known:
             its = known[module_key(other)]
             if own.holds(its, coverage) and its.holds(own, coverage):
                 found.append(other)
     return found
+
+
+def twins(pool, name: str) -> list[str]:
+    """The near-duplicates of task `name` that have its labels."""
+    labels = set(pool.task(name).labels or ())
+    alike = [other for other, info in pool.tasks.items() if labels and set(info.labels or ()) == labels]
+    return near_duplicates(pool, name, alike)
 
 
 def share_with_twins(pool, query: Tensor, routing: Routing, free: Tensor) -> Routing:

@@ -48,6 +48,7 @@ def full_run(count=3):
             "mass": [[value / 2 for value in row for _ in range(2)] for row in share],
             "entry_names": [f"{task}/{k}" for task in tasks for k in range(2)],
             "accuracy": {"task": 0.983},
+            "near_duplicates": {"one": ["two", "three"], "two": []},
         },
         "text_scores": {tasks[0]: {"token_f1": 0.287, "bertscore": 0.614}},
         "cost": {
@@ -121,6 +122,7 @@ def test_files_and_their_contents(tmp_path):
     assert "<script>" not in page and "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "run &lt;script&gt;" in page and "a &amp; b &lt; c" in page and "A &lt;title&gt;" in page
     assert 'class="right">Yes' in page and 'class="wrong">x' in page and "width:75.0%" in page
+    assert "<td>one</td><td>two, three</td>" in page and "<td>two</td><td></td>" not in page
     assert "<td>28.7</td><td>61.4</td>" in page and "<td>20.50 ms</td>" in page and "<td>2.60 MB</td>" in page
     text = (tmp_path / "new" / "folder" / "report.md").read_text("utf8")
     assert "| task number 1 <&> | 89.0 | 90.0 | - |" in text and "| task number 1 <&> | 0.0 | 100.0 |" in text

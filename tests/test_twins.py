@@ -67,6 +67,8 @@ def test_twins_have_the_labels_and_could_hold_each_others_texts():
     pool = four_tasks().pool
     assert pool.twins("first") == ["second"] and pool.twins("second") == ["first"]
     assert pool.twins("far") == pool.twins("other") == []
+    assert pool.near_duplicates("other") == ["first", "second"]  # whatever their labels
+    assert pool.near_duplicates("first") == ["other", "second"] and pool.near_duplicates("far") == []
     pool.remove_task("first")
     assert pool.twins("second") == []
     pool.add_task("third", near(6)[:3], labels=XY, hidden_size=32, queries=near(6))

@@ -200,6 +200,12 @@ def _routing_section(tasks: list[str], routing: dict) -> list[str]:
     if routing.get("accuracy"):
         rows = [[name, percent(value)] for name, value in routing["accuracy"].items()]
         out.append(html_table(["routing accuracy", "%"], rows))
+    if alike := {name: others for name, others in (routing.get("near_duplicates") or {}).items() if others}:
+        rows = [[name, ", ".join(others)] for name, others in alike.items()]
+        out += [
+            "<h4>Tasks whose texts look alike</h4>",
+            html_table(["task", "near-duplicates"], rows, text=True),
+        ]
     for field, title, x in (
         ("confusion", "True task and the task that gets the largest weight", "task with the largest weight"),
         ("mass", "Where the routing weight goes", "pool entry"),

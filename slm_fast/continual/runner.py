@@ -255,7 +255,8 @@ class ContinualRunner:
         return found
 
     def routing_report(self) -> dict:
-        """Confusion of true and chosen task, routing accuracy, and every entry's mean mass per task."""
+        """Confusion of true and chosen task, routing accuracy, which tasks' texts look alike, and every
+        entry's mean mass per task."""
         names = [task.name for task in self.tasks]
         entries = [self.model.pool.names[s] for t in names for s in self.model.pool.task(t).slots]
         confusion, mass = [], []
@@ -272,6 +273,7 @@ class ContinualRunner:
             "confusion": confusion,
             "accuracy": accuracy,
             "accuracy_shared_labels": merge_tasks(confusion, names, same_labels(self.tasks)),
+            "near_duplicates": {name: self.model.pool.near_duplicates(name) for name in names},
             "mass": mass,
             "entry_names": entries,
         }
