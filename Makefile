@@ -24,8 +24,9 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 
 # A worker for each core, with one thread each: threads of two processes would wait for each other's turns.
+# Worksteal: neighbouring tests, which share fixtures, stay on one worker.
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n auto
+	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n auto --dist worksteal
 
 # The quick mode; BENCH='search mixture' runs those sections in full.
 bench: .venv/installed
