@@ -31,7 +31,7 @@ PROTOCOLS = {
     + ["--methods", "slm,oracle"],
     "bert5_zero_batch": ["--benchmark", "bert5", "--head-init", "zero", "--twin-share", "0.3333"]
     + ["--methods", "slm,oracle,batch", "--evaluate", "last"],
-    "bert5_baselines": ["--benchmark", "bert5", "--seeds", "0,1,2", "--max-train", "400", "--max-test", "200"]
+    "bert5_baselines": ["--benchmark", "bert5", "--max-train", "400", "--max-test", "200"]
     + ["--methods", "slm,oracle,batch,paper,seq,finetune,replay,ewc,olora,per_task,joint"],
     "bert5_probes": ["--benchmark", "bert5", "--min-similarity", "auto", "--methods", "slm,oracle"]
     + ["--probes", "clinc150,trec6,boolq,mnli,sst2,banking77,hwu64", "--evaluate", "last"],
