@@ -10,7 +10,6 @@ blocks that differ and exits with 1 if there are any; a block that is not known 
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -136,25 +135,6 @@ def probes() -> str:
     header, rows = probe_table(run["probes"])
     made = "python benchmarks/bench_continual.py bert5_probes"
     return captioned(header, rows, {"continual": made})
-
-
-def few_examples() -> str:
-    """Starts of new entries compared on few texts a class."""
-    found = load("transfer")
-    rows = []
-    for result in found["results"]:
-        spreads = []
-        for key in ("before", "after"):
-            values = result[key]
-            spreads.append(f"{percent(mean(values))} ± {percent(statistics.stdev(values))}")
-        rows.append([result["task"], result["start"], *spreads])
-    header = [
-        "new task",
-        "start",
-        "before the first step, %",
-        f"after {found['settings']['epochs']:g} epochs, %",
-    ]
-    return captioned(header, rows, {"transfer": "python benchmarks/bench_transfer.py --pool RUN/slm"})
 
 
 def of_benchmark(name: str, benchmark: str) -> dict:
@@ -434,7 +414,6 @@ TABLES = {
     "five tasks": five_tasks,
     "baselines": baselines,
     "never learnt": probes,
-    "few examples": few_examples,
     "routing of five tasks": routing_of_five_tasks,
     "coverage": coverage,
     "routing of 25 tasks": routing_of_25_tasks,
