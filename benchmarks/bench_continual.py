@@ -77,11 +77,12 @@ def run(name: str, output: Path, data: str | None) -> list[dict]:
 
 
 def trimmed(run: dict) -> dict:
-    """What is kept of a report: nothing that holds texts or folders."""
+    """What is kept of a report: nothing that holds texts or folders, and no times of single answers, which
+    are the suite's."""
     settings = {k: v for k, v in run["settings"].items() if k != "encoder_name_or_path"}
     kinds = {task: source.split(":")[0] for task, source in settings.get("sources", {}).items()}
     settings |= {"sources": kinds} if kinds else {}
-    kept = {k: v for k, v in run.items() if k not in ("requests", "base")} | {"settings": settings}
+    kept = {k: v for k, v in run.items() if k not in ("requests", "base", "cost")} | {"settings": settings}
     if "routing" in run:
         kept["routing"] = {k: v for k, v in run["routing"].items() if k not in ("mass", "entry_names")}
     return kept

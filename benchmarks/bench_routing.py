@@ -18,6 +18,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ RETRIEVALS = {
     "all layers, whitened": SLMConfig(),
     "all layers, whitened, all directions": SLMConfig(statistics_rank=1 << 20),
 }
+TOP_K = 4  # entries of a row, as in the protocols
 NUM_TASKS = (5, 25, 1000, 10_000)
 BATCH = 32  # texts of one task that share a mixture where scores are averaged over batches
 
@@ -73,7 +75,8 @@ def selected(queries: Queries, layers: list[int] | str, num_layers: int) -> Quer
 
 def learn(config: SLMConfig, tasks: Sequence[Task], queries: Queries) -> KnowledgePool:
     return KnowledgePool.of_queries(
-        config, {task.name: train for task, (train, _) in zip(tasks, queries, strict=True)}
+        replace(config, top_k=TOP_K),
+        {task.name: train for task, (train, _) in zip(tasks, queries, strict=True)},
     )
 
 

@@ -140,7 +140,7 @@ def draw_cost(cost: dict):
     frozen = milliseconds.pop("answer of the frozen model")
     _stack(times, "with its mixture", milliseconds)
     times.bar("frozen model", frozen, color=COLOURS[6], label="answer of the frozen model")
-    times.set(ylabel="milliseconds", title="one text by itself")
+    times.set(ylabel="milliseconds", title="one text, to its label or first token")
     of_a_task = {what: value / 1e6 for what, value in cost["bytes"].items() if what.endswith(" of a task")}
     _stack(sizes, "a task", {what.removesuffix(" of a task"): value for what, value in of_a_task.items()})
     sizes.set(ylabel="MB", title="kept of a task", xlim=(-1, 1))

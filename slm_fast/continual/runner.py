@@ -305,11 +305,12 @@ class ContinualRunner:
         """What an answer and a task cost: {"milliseconds", "bytes"}.
 
         milliseconds: of one text by itself, medians over `count` test texts of all tasks: "encoding",
-            "search", and the answer with its mixture and by the frozen model, both through one head.
+            "search", and a label, or the first token of a text, with the mixture and by the frozen model.
         bytes: of a task, in the mean: its factors, its keys, and its statistics with a share of the metric;
             and the most that this process had resident (on a GPU, allocated).
         """
         model, pool = self.model, self.model.pool
+        answering = self.predicting | dict(max_new_tokens=1)
         texts = [t.test[n].text for n in range(count) for t in self.tasks if n < len(t.test)][:count]
         times: dict[str, list[float]] = {}
 
@@ -325,7 +326,7 @@ class ContinualRunner:
             task = model.explain(routing=routing)[0]["task"]
             frozen = pool.fixed_routing(["__base__"])
             for what, row in (("answer", routing), ("answer of the frozen model", frozen)):
-                timed(what, model.predict, [text], routing=row, task=task, **self.predicting)
+                timed(what, model.predict, [text], routing=row, task=task, **answering)
         tasks, per_task = len(self.tasks), pool.config.entries_per_task
         keys = (pool.keys, pool.index_keys, pool.index_bias)
         if torch.cuda.is_available():

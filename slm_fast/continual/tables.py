@@ -203,10 +203,10 @@ def text_score_table(scores: dict[str, dict[str, float]]) -> Table:
 
 
 def cost_table(cost: dict) -> Table:
-    """A line per part of an answer, in milliseconds, and of a task, in megabytes."""
+    """A line per part of an answer (a label, or its first token) and of a task."""
     rows = [[what, f"{value:.2f} ms"] for what, value in cost["milliseconds"].items()]
     rows += [[what, f"{value / 1e6:,.2f} MB"] for what, value in cost["bytes"].items()]
-    return ["one text by itself; a task, in the mean", "cost"], rows
+    return ["one text by itself, to its label or first token; a task, in the mean", "cost"], rows
 
 
 def probe_title(probes: dict) -> str:
