@@ -34,8 +34,8 @@ def test_queries_are_the_pooled_hidden_states(minilm):
 def test_every_text_is_encoded_once(minilm):
     encoder = Encoder(minilm)
     seen = []
-    original = encoder._encode
-    encoder._encode = lambda texts: seen.extend(texts) or original(texts)
+    original = encoder.encode
+    encoder.encode = lambda texts: seen.extend(texts) or original(texts)
     first = encoder(["a cat", "a dog", "a cat"])
     again = encoder(["a dog", "a bird"])
     assert sorted(seen) == ["a bird", "a cat", "a dog"]
@@ -91,13 +91,13 @@ def test_bad_input():
 
 def counted(encoder):
     """The encoder, and the texts that it encodes from now on."""
-    seen, encode = [], encoder._encode
+    seen, encode = [], encoder.encode
 
     def counting(texts):
         seen.extend(texts)
         return encode(texts)
 
-    encoder._encode = counting
+    encoder.encode = counting
     return encoder, seen
 
 

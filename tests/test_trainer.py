@@ -97,8 +97,8 @@ def test_optimizer_holds_only_the_task(model, tmp_path):
 
 def test_encoder_runs_once_per_text(model, tmp_path):
     seen = []
-    original = model.encoder._encode
-    model.encoder._encode = lambda texts: seen.extend(texts) or original(texts)
+    original = model.encoder.encode
+    model.encoder.encode = lambda texts: seen.extend(texts) or original(texts)
     learn(model, "size", tmp_path, num_train_epochs=3, max_steps=-1)
     assert sorted(seen) == sorted(e.text for e in TOPICS["size"])
 
