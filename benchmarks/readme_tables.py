@@ -137,30 +137,32 @@ def routing_means(found: dict) -> list[str]:
     return [percent(mean(found[key].values())) for key in ("accuracy", "merged")]
 
 
-COST = ["hubs", "MB", "ms a search", "with encoding"]
+COST = {"hubs": "hubs", "bytes": "MB", "milliseconds": "ms a search"}
 
 
-def cost(found: dict, name: str) -> list[str]:
-    """`COST`: the skewness of how often keys are picked, keys and statistics, a query's time."""
-    encoding, search = load(name)["milliseconds"]["encoding"], found["milliseconds"]
-    return [
-        f"{found['hubs']:.2f}" if "hubs" in found else MISSING,
-        f"{found['bytes'] / 1e6:.1f}",
-        f"{search:.2f}",
-        f"{encoding + search:.1f}",
-    ]
+def costs(retrievals: list[dict], encoding: float) -> tuple[list[str], list[list[str]]]:
+    """A header, and cells for each way to retrieve: the skewness of how often keys are picked (not in older
+    results), the size of keys and statistics, a query's time, and with encoding its text."""
+    titles = {key: title for key, title in COST.items() if all(key in found for found in retrievals)}
+    rows = []
+    for found in retrievals:
+        cells = {"bytes": f"{found['bytes'] / 1e6:.1f}", "milliseconds": f"{found['milliseconds']:.2f}"}
+        cells |= {"hubs": f"{found['hubs']:.2f}"} if "hubs" in titles else {}
+        rows.append([*(cells[key] for key in titles), f"{encoding + found['milliseconds']:.1f}"])
+    return [*titles.values(), "with encoding"], rows
 
 
 def routing_of_five_tasks() -> str:
     """The share of test texts, of each task, whose largest mass is on it, and what is answered rightly so."""
     retrievals = of_benchmark("routing_bert5", "bert5")["retrievals"]
+    titles, cells = costs(retrievals, load("routing_bert5")["milliseconds"]["encoding"])
     rows = []
-    for found in retrievals:
+    for found, cost in zip(retrievals, cells, strict=True):
         means = [*routing_means(found), *(percent(mean(found[key].values())) for key in ("mass", "final"))]
         shares = map(percent, found["accuracy"].values())
-        rows.append([found["retrieval"], *shares, *means, *cost(found, "routing_bert5")])
+        rows.append([found["retrieval"], *shares, *means, *cost])
     tasks = retrievals[0]["accuracy"]
-    header = ["routing accuracy, %", *tasks, "mean", "yelp = amazon", "mass", "answers", *COST]
+    header = ["routing accuracy, %", *tasks, "mean", "yelp = amazon", "mass", "answers", *titles]
     made = {"routing_bert5": "python benchmarks/bench_routing.py --benchmark bert5 --pool RUN/slm"}
     return captioned(header, rows, made)
 
@@ -179,13 +181,15 @@ def coverage() -> str:
 
 
 def routing_of_25_tasks() -> str:
+    retrievals = of_benchmark("routing_all25", "all25")["retrievals"]
+    titles, cells = costs(retrievals, load("routing_all25")["milliseconds"]["encoding"])
     rows = []
-    for found in of_benchmark("routing_all25", "all25")["retrievals"]:
+    for found, cost in zip(retrievals, cells, strict=True):
         worst = min(found["accuracy"], key=found["accuracy"].get)
         lowest = f"{worst} {percent(found['accuracy'][worst])}"
         mass = percent(mean(found["mass"].values()))
-        rows.append([found["retrieval"], *routing_means(found), lowest, mass, *cost(found, "routing_all25")])
-    header = ["routing accuracy, %", "mean of 25", "equal labels as one", "lowest", "mass", *COST]
+        rows.append([found["retrieval"], *routing_means(found), lowest, mass, *cost])
+    header = ["routing accuracy, %", "mean of 25", "equal labels as one", "lowest", "mass", *titles]
     made = {"routing_all25": "python benchmarks/bench_routing.py --benchmark all25"}
     return captioned(header, rows, made)
 
