@@ -221,8 +221,11 @@ def test_long_answers_are_scored_as_asked(minilm, tmp_path, capsys, monkeypatch)
         raise Stopped([task.metric for task in tasks])
 
     monkeypatch.setattr("slm_fast.continual.runner.ContinualRunner", stop)
-    loaded = tiny_base("llama"), AutoTokenizer.from_pretrained(minilm)
-    monkeypatch.setattr("slm_fast.loading.load_base", lambda name, dtype: loaded)
+
+    def load(name, dtype):
+        return tiny_base("llama").to(dtype), AutoTokenizer.from_pretrained(minilm)
+
+    monkeypatch.setattr("slm_fast.loading.load_base", load)
     for arguments, metric in (([], "token_f1"), (["--text-metric", "bertscore"], "bertscore")):
         with pytest.raises(Stopped, match=metric):
             main(
