@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from slm_fast.continual.tables import probe_table
+from slm_fast.continual.tables import comparison, mean_over_runs, measured, probe_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -118,6 +118,15 @@ def five_tasks() -> str:
     header = ["after the last task, %", *tasks, "average", "forgetting", "orders"]
     made = f"python benchmarks/bench_continual.py {' '.join(runs)}"
     return captioned(header, rows, {"continual": made})
+
+
+def baselines() -> str:
+    """Every method through the same runner, in the mean over the seeds that were run."""
+    runs = load("continual")["runs"]["bert5_baselines"]
+    header, rows = comparison(mean_over_runs([run | {"methods": measured(run)} for run in runs]))
+    seeds = ", ".join(str(run["settings"]["seeds"]["run"]) for run in runs)
+    made = "python benchmarks/bench_continual.py bert5_baselines"
+    return f"{captioned(header, rows, {'continual': made})}, seeds {seeds}"
 
 
 def probes() -> str:
@@ -407,6 +416,7 @@ def gpu_models() -> str:
 
 TABLES = {
     "five tasks": five_tasks,
+    "baselines": baselines,
     "never learnt": probes,
     "routing of five tasks": routing_of_five_tasks,
     "coverage": coverage,
