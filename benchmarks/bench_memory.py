@@ -9,7 +9,6 @@ one row. The last line is JSON.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import statistics
@@ -23,23 +22,16 @@ import torch
 from bench_decode import Decoder
 from contenders import ENTRIES, TARGETS
 from cpu_timing import machine, report
+from suite import memory
+from suite.memory import resident
 
 CONTENDERS = ("frozen", "off", "on", "peft", "dense")
 
 
-def resident(field: str) -> int:
-    """Bytes: VmRSS is now, VmHWM the peak since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise SystemExit(f"/proc/self/status has no {field}: this benchmark needs Linux")
-
-
 def reset_peak() -> None:
-    """Of memory in use: what was freed while loading goes back to the system first."""
+    """Of memory in use, without what only waits for Python's collector."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    memory.reset_peak()
 
 
 def contender(name: str, base: torch.nn.Module, kind: str, entries: int, rows: int) -> tuple:

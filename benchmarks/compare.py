@@ -120,12 +120,14 @@ def key_of(record: dict) -> str:
     return f"{record['section']}, {record['case']}"
 
 
+def references_of(record: dict) -> list[str]:
+    """The contenders that ours can be held against in a record of the suite."""
+    return [name for name in REFERENCES if "ratio" in record["contenders"].get(name, {})]
+
+
 def references(result: dict | None) -> dict[str, list[str]]:
-    """{case of the suite: the contenders that ours can be held against}"""
-    return {
-        key_of(record): [name for name in REFERENCES if "ratio" in record["contenders"].get(name, {})]
-        for record in (result or {}).get("results", [])
-    }
+    """{case of the suite: those of its record}"""
+    return {key_of(record): references_of(record) for record in (result or {}).get("results", [])}
 
 
 def inverse(found: dict) -> Cost:
@@ -174,7 +176,7 @@ def of_suite(result: dict | None, other: dict | None) -> dict[str, Cost]:
     found, known = {}, references(other)
     for record in (result or {}).get("results", []):
         key, ours = key_of(record), record["contenders"][record["ours"]]
-        mine = references({"results": [record]})[key]
+        mine = references_of(record)
         measured = dict(times(record, [name for name in mine if name in known.get(key, mine)]))
         if ours.get("memory_bytes"):
             measured["memory"] = Cost(ours["memory_bytes"], NOISE)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
+from suite.cases import reason_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm_fast import Routing, SLMConfig, SLMModel, get_slm_model
@@ -139,7 +140,7 @@ def excused(name: str, wrong: Wrong) -> Iterator[None]:
     except Exception as error:
         if wrong is None:
             raise
-        wrong[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        wrong[name] = reason_of(error)
 
 
 def forwards(

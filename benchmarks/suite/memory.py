@@ -23,6 +23,12 @@ def resident(field: str) -> int:
     raise OSError(f"no {field}")
 
 
+def reset_peak() -> None:
+    """From now on VmHWM is of memory in use: what is free goes back to the system first."""
+    ctypes.CDLL(None).malloc_trim(0)
+    (PROCESS / "clear_refs").write_text("5")
+
+
 class Peak:
     """`with Peak(clock) as peak:`, then `peak.bytes`, or None where it cannot be had.
 
@@ -39,8 +45,7 @@ class Peak:
             self.before = torch.cuda.memory_allocated()
         elif self.clock == "wall":
             try:
-                ctypes.CDLL(None).malloc_trim(0)  # what is free goes back: else a call would find it there
-                (PROCESS / "clear_refs").write_text("5")
+                reset_peak()
                 self.before = resident("VmRSS")
             except (OSError, AttributeError, TypeError):  # no such file, libc or way to open it
                 self.before = None

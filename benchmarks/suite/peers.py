@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from suite.cases import reason_of
+
 
 def folded(pool, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """(A [rows, K r, in_features], B [rows, out_features, K r]) of every row's own adapter."""
@@ -89,4 +91,4 @@ def installed_updates(*args) -> Iterator[tuple[str, Callable | None, str]]:
         try:
             yield name, make(*args), ""
         except Exception as error:  # interfaces that are not public change; that is a finding
-            yield name, None, f"{type(error).__name__}: {str(error).strip()[:200]}"
+            yield name, None, reason_of(error)

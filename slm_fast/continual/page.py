@@ -25,6 +25,7 @@ from slm_fast.continual.tables import (
     mean,
     mean_over_runs,
     percent,
+    percent_table,
     probe_table,
     probe_title,
     repeated_runs,
@@ -221,8 +222,7 @@ def _routing_section(tasks: list[str], routing: dict) -> list[str]:
             lambda v=values, n=names, x=x: draw_heat_map(tasks, n, v, x, "true task"), title
         )
         if width <= 16:
-            rows = [[task, *map(percent, row)] for task, row in zip(tasks, values, strict=True)]
-            table = html_table(["true task", *names], rows, dense=width > 5)
+            table = html_table(*percent_table("true task", tasks, names, values), dense=width > 5)
         else:
             rows = [[task, _largest(names, row)] for task, row in zip(tasks, values, strict=True)]
             table = html_table(["true task", "largest weights, %"], rows, text=True)

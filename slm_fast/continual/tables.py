@@ -183,16 +183,16 @@ def probe_table(probes: dict) -> Table:
     return header, rows
 
 
+def percent_table(
+    corner: str, names: list[str], columns: list[str], values: list[list[float | None]]
+) -> Table:
+    """A matrix in percent, a line for each of the names."""
+    return [corner, *columns], [[n, *map(percent, row)] for n, row in zip(names, values, strict=True)]
+
+
 def matrix_table(tasks: list[str], matrix: list[list[float | None]]) -> Table:
     """Scores on each task (column) after learning each task (row), in percent."""
-    rows = [[task, *map(percent, row)] for task, row in zip(tasks, matrix, strict=True)]
-    return ["after learning", *tasks], rows
-
-
-def confusion_table(tasks: list[str], confusion: list[list[float]]) -> Table:
-    """Shares of a true task's (row) test rows by the task with their largest weight (column), in percent."""
-    rows = [[task, *map(percent, row)] for task, row in zip(tasks, confusion, strict=True)]
-    return ["true task", *tasks], rows
+    return percent_table("after learning", tasks, tasks, matrix)
 
 
 def text_score_table(scores: dict[str, dict[str, float]]) -> Table:
@@ -307,7 +307,7 @@ def sections(result: dict) -> list[tuple[str, Table]]:
                 out.append((title, matrix_table(tasks, method["matrix"])))
         if (run.get("routing") or {}).get("confusion"):
             title = f"{name}. Routing: true task and the task with the largest weight"
-            out.append((title, confusion_table(tasks, run["routing"]["confusion"])))
+            out.append((title, percent_table("true task", tasks, tasks, run["routing"]["confusion"])))
         if run.get("text_scores"):
             out.append((f"{name}. Long answers", text_score_table(run["text_scores"])))
         if run.get("cost"):
