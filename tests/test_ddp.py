@@ -1,5 +1,6 @@
-"""Training on two processes with gloo. As a script, started by torchrun with a folder, this file is one of
-them: it learns in every way of RUNS and leaves what it has learnt."""
+"""Training on several processes: on two with gloo, on all GPUs with NCCL. As a script, started by torchrun or
+accelerate with a device, a folder and names of RUNS, this file is one of them: it learns in these ways and
+leaves what it has learnt."""
 
 import os
 import signal
@@ -26,6 +27,12 @@ RUNS = {
     "sharded": ("llama", dict(max_steps=2)),
 }
 EVALUATION = ROWS[:16]
+# With --cpu it starts one process, unless there is MPI; the script says which device it wants.
+ACCELERATE = ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+LAUNCHERS = {  # their modules and how they are told the number of processes
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node"],
+    "accelerate": ["accelerate.commands.launch", *ACCELERATE, "--num_processes"],
+}
 
 
 class StopAt(TrainerCallback):
@@ -56,7 +63,7 @@ def others(model):
     slots = pool.task("task0").slots
     rows = pool.rows_of(slots)
     factors = [t[rows] for f in pool.factors for t in (f.A, f.B)]
-    return [t.clone() for t in (*factors, pool.keys, *base)]
+    return [t.detach().to("cpu", copy=True) for t in (*factors, pool.keys, *base)]
 
 
 def local_size(model):
@@ -69,9 +76,12 @@ def learn(name, folder, callbacks=None, resume=None, **options):
     family, of_run = RUNS[name]
     model = prepared(family)
     if name == "sharded" and "RANK" in os.environ:
-        held = local_size(model)
+        if not options.get("use_cpu", True):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            model.cuda()
+        held, processes = local_size(model), int(os.environ["WORLD_SIZE"])
         shard_base(model)
-        assert local_size(model) < 0.6 * held
+        assert processes == 1 or local_size(model) < 1.2 * held / processes
         with pytest.raises(ValueError, match="sharded already"):
             shard_base(model)
     before = others(model)
@@ -82,44 +92,52 @@ def learn(name, folder, callbacks=None, resume=None, **options):
     return trainer
 
 
-def main(folder):
-    rank = int(os.environ["RANK"])
-    for name in RUNS:
+def main(device, folder, names):
+    rank, options = int(os.environ["RANK"]), {"use_cpu": device == "cpu"}
+    for name in names:
         output = folder / name
         if name == "resumed":
-            learn(name, output, [StopAt(5)])  # in the middle of the second epoch
-            trainer = learn(name, output, resume=True)
+            learn(name, output, [StopAt(5)], **options)  # in the middle of the second epoch
+            trainer = learn(name, output, resume=True, **options)
         else:
-            trainer = learn(name, output / f"of_rank{rank}")
+            trainer = learn(name, output / f"of_rank{rank}", **options)
+        assert trainer.args.device.type == device
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
         found = {str(n): tensor for n, tensor in enumerate(learnt(trainer.model))}
         found["eval_loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
-        save_file(found, folder / f"{name}{rank}.safetensors")
+        save_file({key: t.cpu() for key, t in found.items()}, folder / f"{name}{rank}.safetensors")
+    assert torch.distributed.get_backend() == ("nccl" if device == "cuda" else "gloo")
     torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     signal.alarm(300)  # whatever happens, the process ends
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
     sys.stdout.flush()
     os._exit(0)  # destroying the group and leaving Python may hang in gloo's threads
 
 
-@pytest.fixture(scope="module")
-def folder(minilm, tmp_path_factory):
-    """What two processes have left."""
-    folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def launch(launcher, processes, device, folder, names):
+    """Learn in some ways on several processes; they leave what they have learnt in the folder."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     done = subprocess.run(
-        [*command, __file__, folder],
+        [*command, __file__, device, folder, *names],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.fixture(scope="module")
+def folder(minilm, tmp_path_factory):
+    """What two processes have left."""
+    folder = tmp_path_factory.mktemp("ddp")
+    launch("torchrun", 2, "cpu", folder, RUNS)
     return folder
 
 
@@ -159,3 +177,23 @@ def test_only_the_first_process_writes(folder):
     assert {"slm_task.safetensors", "optimizer.pt"} <= {
         path.name for path in (first / "checkpoint-8").iterdir()
     }
+
+
+def test_accelerate_launches_the_same_training(folder, tmp_path):
+    launch("accelerate", 2, "cpu", tmp_path, ["accumulated"])
+    ours, theirs = ranks(folder, "accumulated")[0], ranks(tmp_path, "accumulated")
+    for of_rank in theirs:
+        assert same_bits(ours.values(), [of_rank[key] for key in ours])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["checkpointed", "accumulated", "sharded"])
+def test_gpus_learn_what_the_cpu_does(minilm, tmp_path, name):
+    processes = torch.cuda.device_count()
+    launch("torchrun", processes, "cuda", tmp_path / "gpus", [name])
+    trainer = learn(name, tmp_path / "cpu", per_device_train_batch_size=4 * processes)
+    got, begin = load_file(tmp_path / "gpus" / f"{name}0.safetensors"), learnt(prepared(RUNS[name][0]))
+    for number, ours in enumerate(learnt(trainer.model)):
+        torch.testing.assert_close(got[str(number)], ours, rtol=1e-3, atol=1e-4)
+    assert not same_bits(begin, learnt(trainer.model))
