@@ -45,7 +45,9 @@ class SLMConfig:
         num_groups: groups of `grouped_cosine` and of the "paper" key method.
         shrinkage: whitened: multiple of the identity added to the within-task covariance, in units of its
             mean diagonal. None chooses it from the statistics alone.
-        statistics_rank: whitened: directions in which a task's covariance is kept, 2 D bytes each.
+        statistics_rank: whitened: directions in which a task's covariance is kept, D bytes each. None: as many
+            as half a megabyte holds (195 of 2,688 values). With them a task's statistics take D (8 + 4 s)
+            bytes, s the encoder's layers that make up a query, and 4 KB.
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.  key_learning_rate, key_epochs, key_batch_size: of its training, by AdamW. The authors' two
             or three epochs at 1e-3 are for their tasks of up to 200,000 texts.
@@ -101,7 +103,7 @@ class SLMConfig:
     twin_share: float = 0.0
     min_similarity: float | str | None = None
     coverage: float = 0.99
-    statistics_rank: int = 512
+    statistics_rank: int | None = None
     mixing: str = "instance"
     pooling: str = "auto"
     encoder_name_or_path: str | None = None
@@ -110,9 +112,11 @@ class SLMConfig:
     faiss_above: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("r", "entries_per_task", "num_groups", "encoder_max_length", "statistics_rank")
-        for name in (*positive, "key_epochs", "key_batch_size"):
+        positive = ("r", "entries_per_task", "num_groups", "encoder_max_length", "key_epochs", "key_batch_size")
+        for name in (*positive, "statistics_rank"):
             value = getattr(self, name)
+            if value is None and name == "statistics_rank":
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= MAX_TOP_K:

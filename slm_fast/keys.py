@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slm_fast.config import SLMConfig
 from slm_fast.reference import group_normalize, key_learning_loss, transform_query
-from slm_fast.task_statistics import TaskStatistics, module_key
+from slm_fast.task_statistics import DIRECTION_BYTES, TaskStatistics, module_key
 
 TEMPERATURES = tuple(2 ** (n / 4) for n in range(25))  # 1 to 64, among which one is fitted
 
@@ -82,7 +82,8 @@ class Whitened(nn.Module):
         # another task are as near.
         averaged = config.key_method == "group_avg"
         self.default_temperature = 6.0 if config.weighting == "task" else 32.0 if averaged else 4.0
-        self.shrinkage, self.rank = config.shrinkage, config.statistics_rank
+        self.shrinkage = config.shrinkage
+        self.rank = config.statistics_rank or max(DIRECTION_BYTES // dim, 1)
         self.register_buffer("scatter", torch.zeros(dim, dim))
         self.tasks = nn.ModuleDict()
         self._forget()
@@ -116,9 +117,13 @@ class Whitened(nn.Module):
         other._buffers, other._modules = {"scatter": torch.zeros_like(self.scatter)}, {}
         other.tasks = nn.ModuleDict()
         other._forget()
-        for name in names:
-            if (key := module_key(name)) in self.tasks:
-                other.take(name, copy.deepcopy(self.tasks[key]))
+        known = {key: name for name in names if (key := module_key(name)) in self.tasks}
+        if list(known) == list(self.tasks):  # the same sum
+            other.tasks.update(self.tasks)
+            other.scatter = self.scatter
+            return other
+        for key, name in known.items():
+            other.take(name, copy.deepcopy(self.tasks[key]))
         return other
 
     def fitted_temperature(self) -> float:
@@ -139,11 +144,9 @@ class Whitened(nn.Module):
         self.tasks = nn.ModuleDict()
         for key in sorted(saved, key=saved.__getitem__):
             stem = key.removesuffix("position")
-            rank, dim = state_dict[stem + "V"].shape
-            made = TaskStatistics(
-                dim, rank, len(state_dict[stem + "quantiles"]), len(state_dict[stem + "losses"])
-            )
-            self.tasks[key.removeprefix(begin).removesuffix(end)] = made
+            own = {n: state_dict[stem + n] for n in TaskStatistics.SIZED if stem + n in state_dict}
+            self.tasks[key.removeprefix(begin).removesuffix(end)] = TaskStatistics.like(own)
+            state_dict.update({stem + n: tensor for n, tensor in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._forget()
 

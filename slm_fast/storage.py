@@ -18,7 +18,8 @@ from slm_fast.layers import is_plain
 from slm_fast.pool import KnowledgePool
 from slm_fast.task_statistics import module_key
 
-FORMAT = 3
+FORMAT = 4
+READABLE = (3, 4)  # 3: a task's directions in fp16, what they leave of its scatter as a diagonal
 KEYS_NAME = "slm_keys.safetensors"
 HEADS_NAME = "slm_heads.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -197,8 +198,9 @@ def _parse_index(path: Path) -> dict:
             index["files"][name]
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{path} is damaged: {error!r}") from error
-    if version != FORMAT:
-        raise OSError(f"{path} has format {version}; this release reads format {FORMAT}")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise OSError(f"{path} has format {version}; this release reads formats {known}")
     return index
 
 

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 DIRECTIONS = 32  # of the task's own Gaussian; more do not tell other inputs apart any better
 RIDGE = 0.1  # on its variances, in units of their mean
+UNIT_RIDGE = 1e-3  # on the scatter between the states' values of a unit, in units of its mean diagonal
+LEVELS = 127  # of a direction's codes, on either side of 0
+DIRECTION_BYTES = 1 << 19  # of a task's directions, where their number is not told
 FOLDS = 5
 NUM_QUANTILES = 1001
 
@@ -64,6 +67,45 @@ def leading(centred: Tensor, rank: int) -> Tensor:
     return values[:rank, None] * vectors[:rank]
 
 
+def num_states(query: Tensor) -> int:
+    """Of how many hidden states of a text the queries [N, D] are made: those of an encoder have a norm of 1
+    each; anything else counts as one state."""
+    states = round(float(query[0].square().sum()))
+    if not 1 < states < query.shape[1] or query.shape[1] % states:
+        return 1
+    norms = query.unflatten(1, (states, -1)).norm(dim=-1)
+    return states if bool(((norms - 1).abs() < 1e-2).all()) else 1
+
+
+def by_unit(X: Tensor, states: int) -> Tensor:
+    """[N, D] -> [D / states, states, N]: what a hidden unit is in the states."""
+    return X.unflatten(1, (states, -1)).permute(2, 1, 0)
+
+
+def unit_products(X: Tensor, states: int) -> Tensor:
+    """[D / states, states, states]: the part of X^T X, X [N, D], between the values of the same unit."""
+    values = by_unit(X, states)
+    return values @ values.mT
+
+
+def telling_directions(centred: Tensor, rank: int, states: int) -> Tensor:
+    """[k, D]: V = U^T X for the k leading left singular vectors U, at most `rank`, of X = `centred` [N, D]
+    with every unit's values whitened: what `unit_products` do not say of the scatter. X^T X - V^T V has no
+    negative eigenvalues."""
+    own = unit_products(centred, states).double()
+    ridge = UNIT_RIDGE * float(own.diagonal(dim1=1, dim2=2).mean()) or 1e-12
+    factor = torch.linalg.cholesky(own + ridge * torch.eye(states)).float()
+    white = torch.linalg.solve_triangular(factor, by_unit(centred, states), upper=False)
+    V = leading(white.permute(2, 1, 0).flatten(1), rank)
+    return (factor @ by_unit(V, states)).permute(2, 1, 0).flatten(1)
+
+
+def nearest_positive(matrices: Tensor) -> Tensor:
+    """Symmetric matrices [B, n, n] with their negative eigenvalues at 0."""
+    values, vectors = torch.linalg.eigh(matrices.double())
+    return (vectors * values.clamp(min=0)[:, None] @ vectors.mT).float()
+
+
 def _gaussian(query: Tensor) -> Gaussian:
     mean, degrees = query.mean(0), max(len(query) - 1, 1)
     centred = query - mean
@@ -86,21 +128,28 @@ def held_out_distances(query: Tensor) -> Tensor:
 class TaskStatistics(nn.Module):
     """Count, mean and scatter of a task's queries [N, D], and how far from them its own texts lie.
 
-        scatter = V^T V + diag(rest)
+        scatter = V^T diag(scale^2) V + rest
 
-    V [k, D], fp16: the leading directions of the centred queries, all of them for up to k + 1 queries;
-    `rest`: what they leave of the diagonal. `quantiles`: of the held-out distances, 0 to 1. `losses`: of
+    V [k, D], int8: directions of the centred queries (`telling_directions`), all of them for up to k + 1
+    queries. `rest` [D / s, s, s]: what they leave of the scatter between the values that a hidden unit has
+    in the s states of which a query is made, for neighbouring layers say nearly the same; with s = 1 a
+    diagonal. Of format 3 V is in fp16 and s = 1. `quantiles`: of the held-out distances, 0 to 1. `losses`: of
     held-out texts among the tasks known then, at every temperature of `keys.TEMPERATURES`, if one is fitted.
     It stays on the CPU wherever the pool is moved.
     """
 
-    def __init__(self, dim: int, rank: int, num_quantiles: int = NUM_QUANTILES, num_losses: int = 0) -> None:
+    SIZED = ("V", "scale", "rest", "quantiles", "losses")  # the buffers whose sizes differ among tasks
+
+    def __init__(
+        self, dim: int, rank: int, states: int = 1, num_quantiles: int = NUM_QUANTILES, num_losses: int = 0
+    ) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))  # among the tasks, by age
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("V", torch.zeros(rank, dim, dtype=torch.float16))
-        self.register_buffer("rest", torch.zeros(dim))
+        self.register_buffer("V", torch.zeros(rank, dim, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(rank))
+        self.register_buffer("rest", torch.zeros(dim // states, states, states))
         self.register_buffer("quantiles", torch.zeros(num_quantiles))
         self.register_buffer("losses", torch.zeros(num_losses))
         self._own: Gaussian | None = None
@@ -109,21 +158,43 @@ class TaskStatistics(nn.Module):
     def of(cls, query: Tensor, rank: int) -> "TaskStatistics":
         query = query.float().cpu()
         mean = query.double().mean(0)
-        centred = query - mean.float()
-        V = leading(centred, min(rank, max(len(query) - 1, 1))).half()
+        centred, states = query - mean.float(), num_states(query)
+        V = telling_directions(centred, min(rank, max(len(query) - 1, 1)), states)
         distances = held_out_distances(query)
-        made = cls(query.shape[1], len(V), NUM_QUANTILES if len(distances) else 0)
+        made = cls(query.shape[1], len(V), states, NUM_QUANTILES if len(distances) else 0)
         made.count += len(query)
-        made.mean, made.V = mean, V
-        made.rest = (centred.square().sum(0) - V.float().square().sum(0)).clamp(min=0)
+        made.mean, made.scale = mean, V.abs().amax(1) / LEVELS
+        made.V = (V / made.scale.clamp(min=1e-30)[:, None]).round().to(torch.int8)
+        left = unit_products(centred, states) - unit_products(made.directions(), states)
+        made.rest = nearest_positive(left)
         if len(distances):
             made.quantiles = distances.quantile(torch.linspace(0, 1, NUM_QUANTILES))
         return made
 
+    @classmethod
+    def like(cls, saved: dict[str, Tensor]) -> "TaskStatistics":
+        """Room for statistics that were saved: their `SIZED` buffers, which are brought up to date, in place,
+        where they are of format 3."""
+        saved.setdefault("scale", torch.ones(len(saved["V"])))
+        if saved["rest"].ndim == 1:
+            saved["rest"] = saved["rest"][:, None, None]
+        rank, dim = saved["V"].shape
+        sizes = saved["rest"].shape[1], len(saved["quantiles"]), len(saved["losses"])
+        made = cls(dim, rank, *sizes)
+        made.V = made.V.to(saved["V"].dtype)
+        return made
+
+    def directions(self) -> Tensor:
+        """V with its scale, [k, D] fp32."""
+        return self.V * self.scale[:, None]
+
     def scatter(self) -> Tensor:
         """[D, D] fp32."""
-        V = self.V.float()
-        return (V.T @ V).add_(torch.diag(self.rest))
+        V, (units, states, _) = self.directions(), self.rest.shape
+        scatter = V.T @ V
+        same_unit = scatter.view(states, units, states, units).diagonal(dim1=1, dim2=3)
+        same_unit += self.rest.permute(1, 2, 0)  # [states, states, units]
+        return scatter
 
     def is_outside(self, query: Tensor, coverage: float) -> Tensor:
         """Which of the queries [N, D] lie farther away than a share `coverage` of the task's own texts."""
@@ -141,15 +212,17 @@ class TaskStatistics(nn.Module):
         return distance <= float(self.quantiles.quantile(coverage))
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean [D], and V [k, D] and rest [D] of the covariance V^T V + diag(rest); fp32."""
+        """Mean [D], and V [k, D] and rest [D] of the covariance V^T V + diag(rest), without the rest between
+        states; fp32."""
         degrees = max(int(self.count) - 1, 1)
-        return self.mean.float(), self.V.float() / degrees**0.5, self.rest / degrees
+        rest = self.rest.diagonal(dim1=1, dim2=2).T.flatten()
+        return self.mean.float(), self.directions() / degrees**0.5, rest / degrees
 
     def own(self) -> Gaussian:
         """The task's Gaussian, made once."""
         if self._own is None:
             mean, V, rest = self.moments()
-            self._own = Gaussian.of(mean, V[:DIRECTIONS], rest + V.square().sum(0))
+            self._own = Gaussian.of(mean, leading(V, DIRECTIONS), rest + V.square().sum(0))
         return self._own
 
     def _apply(self, fn, recurse=True):

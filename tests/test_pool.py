@@ -114,7 +114,7 @@ def test_only_the_factors_take_a_dtype():
     assert pool.factors[0].A.dtype == torch.bfloat16
     assert pool.keys.dtype == pool.scaling.dtype == pool.index_bias.dtype == torch.float32
     statistics = pool.metric.tasks["task:t0"]
-    assert statistics.mean.dtype == torch.float64 and statistics.V.dtype == torch.float16
+    assert statistics.mean.dtype == torch.float64 and statistics.V.dtype == torch.int8
     assert torch.equal(
         pool.search(clustered_embeddings(0, 3)).indices,
         make_pool(2).search(clustered_embeddings(0, 3)).indices,

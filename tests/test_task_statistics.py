@@ -7,7 +7,14 @@ from conftest import clustered_embeddings
 from slm_fast import SLMConfig
 from slm_fast.keys import Whitened
 from slm_fast.pool import KnowledgePool
-from slm_fast.task_statistics import NUM_QUANTILES, Gaussian, TaskStatistics, held_out_distances, leading
+from slm_fast.task_statistics import (
+    NUM_QUANTILES,
+    Gaussian,
+    TaskStatistics,
+    held_out_distances,
+    leading,
+    num_states,
+)
 
 LINEARS = {"a": (4, 4)}
 
@@ -31,20 +38,126 @@ def test_leading_directions_are_those_of_the_svd(shape, rank):
     assert torch.equal(got, leading(centred, rank))
 
 
-def test_the_scatter_of_few_queries_is_exact():
+def layered(count, states=4, units=30, seed=0):
+    """Queries of several states of norm 1, in which a unit changes little from one to the next."""
+    generator = torch.Generator().manual_seed(seed)
+    state = 1 + low_rank(count, units, seed=seed, noise=0.5)
+    found = []
+    for _ in range(states):
+        state = state + 0.3 * torch.randn(state.shape, generator=generator)
+        found.append(torch.nn.functional.normalize(state, dim=-1))
+    return torch.cat(found, 1)
+
+
+def misfit(kept, query):
+    """KL divergence of the Gaussian with the kept covariance from the one with the queries' own, no means."""
+    centred = query - query.mean(0)
+    exact, kept = ((S + 0.1 * torch.eye(len(S))).double() for S in (centred.T @ centred, kept.scatter()))
+    ratio = torch.linalg.solve(kept, exact)
+    return float(ratio.trace() - torch.linalg.slogdet(ratio).logabsdet - len(ratio)) / 2
+
+
+def test_the_scatter_of_few_queries_is_nearly_exact():
     query = clustered_embeddings(0, 20)
     centred = query - query.mean(0)
-    kept = TaskStatistics.of(query, 512)
-    assert kept.V.shape[0] == 19 and int(kept.count) == 20
-    torch.testing.assert_close(kept.scatter(), centred.T @ centred, rtol=2e-3, atol=2e-3)
+    kept, exact = TaskStatistics.of(query, 512), centred.T @ centred
+    assert kept.V.shape[0] == 19 and kept.V.dtype == torch.int8 and int(kept.count) == 20
+    assert (kept.scatter() - exact).abs().max() < 0.01 * exact.diagonal().max()
 
 
 def test_the_diagonal_is_kept_whatever_the_rank():
     query = low_rank(300, noise=1.0)
     centred = query - query.mean(0)
     kept = TaskStatistics.of(query, 3)
-    assert kept.V.shape == (3, 48)
+    assert kept.V.shape == (3, 48) and kept.rest.shape == (48, 1, 1)
     torch.testing.assert_close(kept.scatter().diagonal(), centred.square().sum(0))
+
+
+@pytest.mark.parametrize("rank", [1, 8, 40])
+def test_what_a_unit_is_in_the_states_is_kept_whatever_the_rank(rank):
+    query = layered(300)
+    kept, centred = TaskStatistics.of(query, rank), query - query.mean(0)
+    assert kept.V.shape == (rank, 120) and kept.rest.shape == (30, 4, 4)
+    torch.testing.assert_close(kept.scatter(), kept.scatter().T)
+    assert torch.linalg.eigvalsh(kept.rest).min() >= -1e-6
+    assert torch.linalg.eigvalsh(kept.scatter().double()).min() >= -1e-4
+    exact, got = ((S.view(4, 30, 4, 30).diagonal(0, 1, 3)) for S in (centred.T @ centred, kept.scatter()))
+    torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_states_tell_more_than_a_diagonal():
+    query = layered(400)
+    rotated = query @ torch.linalg.qr(torch.randn(120, 120, generator=torch.Generator().manual_seed(1))).Q
+    kept, flat = TaskStatistics.of(query, 10), TaskStatistics.of(rotated, 10)
+    assert num_states(rotated) == 1 and flat.rest.shape == (120, 1, 1)
+    assert misfit(kept, query) < 0.2 * misfit(flat, rotated)
+    assert misfit(TaskStatistics.of(query, 60), query) < 0.5 * misfit(kept, query)
+
+
+def test_states_are_seen_in_the_queries():
+    assert num_states(layered(5)) == 4 and num_states(layered(5, states=7)) == 7
+    assert num_states(layered(5, states=1)) == 1 and num_states(torch.zeros(2, 24)) == 1
+    assert num_states(clustered_embeddings(0)) == 1
+    assert num_states(layered(5)[:, :-1]) == 1  # 119 values cannot be four states
+    query = layered(5)
+    query[3] *= 1.1
+    assert num_states(query) == 1
+
+
+def test_bytes_of_a_task():
+    """A quarter, or less, of 512 directions in fp16 with a diagonal; as many directions for a query half as
+    wide take as much."""
+    kept = TaskStatistics.of(layered(250, states=7, units=384), Whitened(SLMConfig(), 2688).rank)
+    assert kept.V.shape == (195, 2688) and kept.rest.shape == (384, 7, 7)
+    assert sum(tensor.nbytes for tensor in kept.buffers()) < 0.25 * (2688 * (2 * 512 + 4 + 8) + 4 * NUM_QUANTILES)
+    assert Whitened(SLMConfig(), 4096).rank == 128 and Whitened(SLMConfig(statistics_rank=64), 4096).rank == 64
+
+
+def test_the_order_of_learning_does_not_matter():
+    query = {name: layered(60, seed=n) for n, name in enumerate("abc")}
+    metrics = []
+    for order in ("abc", "cab"):
+        metrics.append(Whitened(SLMConfig(), 120))
+        for name in order:
+            metrics[-1].update(name, query[name])
+    for name in query:
+        ours, theirs = (metric.tasks[f"task:{name}"] for metric in metrics)
+        assert torch.equal(ours.V, theirs.V) and torch.equal(ours.rest, theirs.rest)
+    torch.testing.assert_close(metrics[0].scatter, metrics[1].scatter)
+
+
+def test_a_removed_task_of_several_states_leaves_no_trace():
+    metric, want = Whitened(SLMConfig(), 120), Whitened(SLMConfig(), 120)
+    for n in range(3):
+        metric.update(f"{n}", layered(60, seed=n))
+        if n != 1:
+            want.update(f"{n}", layered(60, seed=n))
+    assert metric.remove("1")
+    assert torch.equal(metric.scatter, want.scatter) and torch.equal(metric.cholesky(), want.cholesky())
+
+
+def test_statistics_of_format_3():
+    """V in fp16, a diagonal, no scale: loaded as they are, and saved and removed like others."""
+    config, generator = SLMConfig(), torch.Generator().manual_seed(0)
+    metric, old = Whitened(config, 24), Whitened(config, 24)
+    metric.update("new", clustered_embeddings(0, 30))
+    state = metric.state_dict()
+    V = torch.randn(5, 24, generator=generator).half()
+    rest = torch.rand(24, generator=generator)
+    scatter = V.float().T @ V.float() + torch.diag(rest)
+    task = dict(count=torch.tensor(9), position=torch.tensor(1), mean=torch.zeros(24).double(), V=V, rest=rest)
+    task |= dict(quantiles=torch.rand(NUM_QUANTILES).sort().values, losses=torch.zeros(0))
+    state |= {f"tasks.task:old.{name}": tensor for name, tensor in task.items()}
+    old.load_state_dict(state | {"scatter": metric.scatter + scatter})
+    assert torch.equal(old.tasks["task:old"].V, V)
+    torch.testing.assert_close(old.tasks["task:old"].scatter(), scatter)
+    mean, directions, diagonal = old.tasks["task:old"].moments()
+    torch.testing.assert_close(directions * 8**0.5, V.float())
+    torch.testing.assert_close(diagonal * 8, rest)
+    again = Whitened(config, 24)
+    again.load_state_dict(old.state_dict())
+    assert torch.equal(again.scatter, old.scatter) and torch.equal(again.tasks["task:old"].V, V)
+    assert again.remove("old") and torch.equal(again.scatter, metric.scatter)
 
 
 def test_distance_is_mahalanobis():
@@ -129,6 +242,9 @@ def test_the_metric_of_one_task_is_the_one_without_the_others():
         not torch.equal(only.mean, metric.mean)
         and not metric.only(["first"]).tasks.keys() & only.tasks.keys()
     )
+    whole = metric.only(["first", "a.b"])
+    assert torch.equal(whole.cholesky(), metric.cholesky())
+    whole.update("more", clustered_embeddings(2, 30))
     assert list(metric.tasks) == list(before.tasks) and int(metric.tasks["task:a%2Eb"].position) == 1
     assert torch.equal(metric.scatter, before.scatter) and torch.equal(metric.mean, before.mean)
 
