@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from slm_fast.prompts import encode_prompts
+from slm_fast.prompts import encode_prompts, encode_texts
 from slm_fast.routing import Routing
 
 
@@ -60,6 +60,54 @@ def answer_all(
                 result.answer = answer
 
 
+@torch.no_grad()
+def answer_in_prefill(
+    model,
+    texts: list[str],
+    task: str | None,
+    batch_size: int,
+    max_length: int,
+    max_new_tokens: int,
+    progress: bool,
+) -> list[Prediction]:
+    """Answers to texts, routed in the pass that answers them.
+
+    It is the prefill of `generate` where no head can be asked, else the one that makes features; texts that
+    it routes to no head are generated in a second one, under the routing of the first.
+    """
+    tokenizer, pool = model.require_tokenizer(), model.pool
+    tasks = pool.task_names() if task is None else [task]
+    generates = model.can_generate and all(pool.task(name).labels is None for name in tasks)
+    results: list[Prediction | None] = [None] * len(texts)
+    left: list[tuple[int, Routing]] = []
+    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+    parts = [order[lo : lo + batch_size] for lo in range(0, len(order), batch_size)]
+    with evaluating(model):
+        for rows in tqdm(parts, desc="answering", disable=not progress or len(parts) < 2):
+            part = [texts[row] for row in rows]
+            inputs = encode_texts(model.base_model, tokenizer, part, max_length).to(model.device)
+            shape = dict(num_tokens=inputs["input_ids"].shape[1], attention_mask=inputs["attention_mask"])
+            with model.prefill_scope(task=task, **shape) as scope:
+                if generates:
+                    answers = _generated(model, tokenizer, inputs, max_new_tokens)
+                else:
+                    features = model.features(**inputs)
+            for n, (row, found) in enumerate(zip(rows, model.explain(routing=scope.routing), strict=True)):
+                chosen = task or found["task"]
+                result = Prediction(texts[row], None, chosen, found["mass"], found["entries"])
+                results[row] = result
+                if generates:
+                    result.answer = answers[n]
+                elif chosen is not None and pool.task(chosen).labels is not None:
+                    result.answer = _label(pool, features[n], result)
+                else:
+                    left.append((row, scope.routing.rows([n])))
+    if left and model.can_generate:
+        routing, limits = Routing.cat([part for _, part in left]), (batch_size, max_length, max_new_tokens)
+        answer_all(model, [results[row] for row, _ in left], routing, *limits, progress)
+    return results
+
+
 @contextmanager
 def evaluating(model) -> Iterator[None]:
     """Inside, the model is in eval mode."""
@@ -73,16 +121,20 @@ def evaluating(model) -> Iterator[None]:
 
 def text_features(model, tokenizer, texts: list[str], max_length: int) -> Tensor:
     """What heads read of texts under the current routing: [B, H] fp32."""
-    encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    if model.slm_config.route_in_prefill:
+        encoded = encode_texts(model.base_model, tokenizer, texts, max_length)
+    else:
+        encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     return model.features(**encoded.to(model.device))
 
 
 def _labels(model, tokenizer, part: list[Prediction], max_length: int) -> list[str]:
     features = text_features(model, tokenizer, [result.text for result in part], max_length)
-    return [
-        model.pool.task(result.task).labels[int(head_logits(model.pool, row, result).argmax())]
-        for row, result in zip(features, part, strict=True)
-    ]
+    return [_label(model.pool, row, result) for row, result in zip(features, part, strict=True)]
+
+
+def _label(pool, features: Tensor, result: Prediction) -> str:
+    return pool.task(result.task).labels[int(head_logits(pool, features, result).argmax())]
 
 
 def head_logits(pool, features: Tensor, result: Prediction) -> Tensor:
@@ -107,6 +159,10 @@ def head_logits(pool, features: Tensor, result: Prediction) -> Tensor:
 def _texts(model, tokenizer, part: list[Prediction], max_length: int, max_new_tokens: int) -> list[str]:
     texts = [result.text for result in part]
     prompts = encode_prompts(tokenizer, texts, max_length, model.is_seq2seq).to(model.device)
+    return _generated(model, tokenizer, prompts, max_new_tokens)
+
+
+def _generated(model, tokenizer, prompts: dict[str, Tensor], max_new_tokens: int) -> list[str]:
     out = model.base_model.generate(
         input_ids=prompts["input_ids"],
         attention_mask=prompts["attention_mask"],

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from slm_fast.fast_forward import restore_classes, shared_twin
 from slm_fast.layers import MixtureLinear
 from slm_fast.loading import load_tokenizer, with_pad_token
 from slm_fast.pool import KnowledgePool
+from slm_fast.prompts import encode_texts
 
 LAYER_LISTS = ("layers", "encoder.layer", "block")  # of a LLaMA's, a BERT's and a T5's backbone
 
@@ -26,6 +28,9 @@ class BackboneEncoder(Encoder):
     layer alone keeps its mean as it is. Texts go in as they are, without a chat template. A query costs
     `cost`, a share of its text's prefill. The pass runs on a twin that shares the base's parameters and has
     neither its mixtures nor its hooks, so that it may run in a thread beside the model.
+
+    With `in_prefill` texts go in as the base gets them to answer (`prompts.encode_texts`), so that queries
+    are those of a `PrefillScope`; of longer texts where they are cut to `max_length` tokens there, too.
 
     Args:
         base: a LLaMA-, BERT- or T5-like model, patched or not.
@@ -44,10 +49,11 @@ class BackboneEncoder(Encoder):
         query_layers: list[int] | str = "auto",
         max_length: int = 256,
         batch_size: int = 32,
+        in_prefill: bool = False,
     ) -> None:
         super().__init__(query_layers=query_layers, max_length=max_length, batch_size=batch_size)
-        self.model, self.name_or_path = base, "backbone"
-        self._tokenizer = None if tokenizer is None else _private(tokenizer)
+        self.model, self.name_or_path, self.in_prefill = base, "backbone", in_prefill
+        self._tokenizer = None if tokenizer is None else self._private(tokenizer)
         backbone = backbone_of(base)
         config, self.num_layers = backbone.config, len(layer_list(backbone)[1])
         if query_layers == "auto":
@@ -65,22 +71,44 @@ class BackboneEncoder(Encoder):
     @property
     def tokenizer(self):
         if self._tokenizer is None:
-            self._tokenizer = _private(base_tokenizer(self.model))
+            self._tokenizer = self._private(base_tokenizer(self.model))
         return self._tokenizer
 
     def settings(self) -> dict:
         """As `Encoder.settings`, with the layers themselves: "auto" may choose others one day."""
         return super().settings() | {"query_layers": self.layers}
 
-    def on(self, base: nn.Module) -> "BackboneEncoder":
-        """This encoder, or, for another model than its own, one of that model with the same settings."""
-        if base is self.model:
+    def on(self, base: nn.Module, in_prefill: bool) -> "BackboneEncoder":
+        """This encoder, or, for another model or setting than its own, one of those with the same layers."""
+        if base is self.model and in_prefill == self.in_prefill:
             return self
-        settings = {"query_layers": self.layers, "max_length": self.max_length}
+        settings = {"query_layers": self.layers, "max_length": self.max_length, "in_prefill": in_prefill}
         return BackboneEncoder(base, self._tokenizer, **settings, batch_size=self.batch_size)
+
+    def keep_in(self, folder: str | Path) -> "Encoder":
+        """As `Encoder.keep_in`; raises ValueError with `in_prefill`: a chat template may change queries."""
+        if self.in_prefill:
+            raise ValueError("queries of prompts (route_in_prefill) are not kept on disk")
+        return super().keep_in(folder)
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_frozen": None}
+
+    def _private(self, tokenizer):
+        """A copy for a thread of its own, that pads and cuts at the end where texts go in as they are."""
+        tokenizer = with_pad_token(copy.deepcopy(tokenizer))
+        if not self.in_prefill:
+            tokenizer.padding_side = tokenizer.truncation_side = "right"
+        return tokenizer
+
+    def _tokenized(self, texts: list[str]) -> dict[str, Tensor]:
+        if not self.in_prefill:
+            return super()._tokenized(texts)
+        return encode_texts(self.model, self.tokenizer, texts, self.max_length)
+
+    def pooled(self, states: list[Tensor], attention_mask: Tensor) -> Tensor:
+        states = [F.normalize(state.float(), dim=-1) for state in states]
+        return super().pooled(states, attention_mask)
 
     def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor, **_) -> tuple[list[Tensor], Tensor]:
         twin, seen = self._twin()
@@ -92,7 +120,7 @@ class BackboneEncoder(Encoder):
             states = [last if layer == self.num_layers else seen[layer] for layer in self.layers]
         finally:
             seen.clear()
-        return [F.normalize(state.float(), dim=-1) for state in states], mask
+        return states, mask
 
     def _twin(self) -> tuple[nn.Module, dict[int, Tensor]]:
         """The layers that a query needs, and where a pass leaves their states; kept while the base has the
@@ -179,13 +207,6 @@ def base_tokenizer(base: nn.Module):
         return load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model {name!r} brings no tokenizer: pass tokenizer= ({error})") from error
-
-
-def _private(tokenizer):
-    """A copy that pads and cuts at the end, for a thread of its own."""
-    tokenizer = with_pad_token(copy.deepcopy(tokenizer))
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return tokenizer
 
 
 def separation(

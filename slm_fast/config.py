@@ -24,6 +24,8 @@ INITS = ("zero", "retrieved")
 HEAD_INITS = ("probe", "zero")
 MIXINGS = ("instance", "batch")
 KEY_TRAINING = ("key_learning_rate", "key_epochs", "key_batch_size")
+# Left out of `to_dict` at their defaults.
+LATER_FIELDS = (*KEY_TRAINING, "layers_to_transform", "route_in_prefill")
 POOLINGS = ("auto", "mean", "first", "last")
 
 # The linear after attention, which the paper re-parameterises: BERT, LLaMA, T5. The first that matches.
@@ -39,6 +41,8 @@ class SLMConfig:
         target_modules: name suffixes of the linears that get a mixture, "all-linear" for every linear of the
             backbone except its output head, or None for the paper's choice (`o_proj`; BERT:
             `attention.output.dense`).
+        layers_to_transform: the layers whose linears get a mixture, an index or several: as in PEFT the first
+            number in a linear's name counts, in both stacks of an encoder-decoder model. None: all layers.
         scaling: factor on every update, PEFT's `lora_alpha / r`.
         entries_per_task: pool entries that a new task gets.  top_k: entries mixed for a row.
         metric: "whitened" (Mahalanobis score from replay-free statistics) or "grouped_cosine" (the paper).
@@ -77,6 +81,11 @@ class SLMConfig:
         pooling: what a classification head reads: "mean", "first" or "last" token; "auto" by architecture.
         encoder_name_or_path: sentence encoder, a folder or a hub id, or "backbone" for the base model itself.
             encoder_max_length: tokens kept of a text.
+        route_in_prefill: whether rows that come without a source are routed by the pass that answers them,
+            from the states that it makes anyway (`PrefillScope`). Needs the encoder "backbone", and layers
+            without mixtures up to the deepest that the query is read from: `layers_to_transform=None` is then
+            those behind it, and the whole decoder of an encoder-decoder model. Keys and the inputs of heads
+            are made of texts in one form, `prompts.encode_texts`.
         backend: "auto" or a name from `dispatch.available()`.
         faiss_above: pools with more entries than this are searched by FAISS (faiss-cpu, or faiss-gpu where
             the keys are on a CUDA device), except for searches restricted to tasks; None never does.
@@ -84,6 +93,7 @@ class SLMConfig:
 
     r: int = 8
     target_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
     scaling: float = 1.0
     entries_per_task: int = 4
     top_k: int = 2
@@ -108,6 +118,7 @@ class SLMConfig:
     pooling: str = "auto"
     encoder_name_or_path: str | None = None
     encoder_max_length: int = 256
+    route_in_prefill: bool = False
     backend: str = "auto"
     faiss_above: int | None = None
 
@@ -175,6 +186,15 @@ class SLMConfig:
                 raise ValueError("query_layers must name at least one layer")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             self.target_modules = [self.target_modules]
+        layers = self.layers_to_transform
+        if layers is not None:
+            self.layers_to_transform = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+            if not self.layers_to_transform or any(
+                type(layer) is not int or layer < 0 for layer in self.layers_to_transform
+            ):
+                raise ValueError(f"layers_to_transform must be indices from 0, or None, got {layers!r}")
+        if not isinstance(self.route_in_prefill, bool):
+            raise ValueError(f"route_in_prefill must be True or False, got {self.route_in_prefill!r}")
 
     @classmethod
     def paper(cls, **overrides) -> "SLMConfig":
@@ -197,11 +217,11 @@ class SLMConfig:
     def to_dict(self) -> dict:
         """The settings by name.
 
-        Those of `KEY_TRAINING` are left out at their defaults, so that what was stored before they existed
+        Those of `LATER_FIELDS` are left out at their defaults, so that what was stored before they existed
         keeps its identity.
         """
         values = dataclasses.asdict(self)
-        for name in KEY_TRAINING:
+        for name in LATER_FIELDS:
             if values[name] == getattr(SLMConfig, name):
                 del values[name]
         return values

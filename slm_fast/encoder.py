@@ -60,6 +60,8 @@ class Encoder:
     `keep_in(folder)` remembers them on disk too.
     """
 
+    in_prefill = False  # see `BackboneEncoder`
+
     def __init__(
         self,
         source=None,
@@ -114,8 +116,8 @@ class Encoder:
             limit -= config.pad_token_id + 1  # their positions start behind the padding index
         self.max_length = min(self.max_length, limit)
 
-    def on(self, base: nn.Module) -> "Encoder":
-        """The encoder of a model with this base; only a `BackboneEncoder` depends on it."""
+    def on(self, base: nn.Module, in_prefill: bool) -> "Encoder":
+        """The encoder for this base and `route_in_prefill`; only a `BackboneEncoder` depends on them."""
         return self
 
     def __getstate__(self) -> dict:
@@ -189,11 +191,14 @@ class Encoder:
 
     def _hidden_queries(self, texts: list[str]) -> Tensor:
         encoded = self._tokenized(texts)
-        states, mask = self._hidden_states(**encoded)
-        pooled = [mean_pool(state, mask) for state in states]
+        return self.pooled(*self._hidden_states(**encoded)).cpu()
+
+    def pooled(self, states: list[Tensor], attention_mask: Tensor) -> Tensor:
+        """Queries [B, D] fp32 of the chosen layers' states [B, L, H] and which tokens to pool: [B, L]."""
+        pooled = [mean_pool(state, attention_mask) for state in states]
         if len(pooled) > 1:
             pooled = [F.normalize(p, dim=-1) for p in pooled]
-        return torch.cat(pooled, dim=-1).cpu()
+        return torch.cat(pooled, dim=-1)
 
     def _tokenized(self, texts: list[str]) -> dict[str, Tensor]:
         encoded = self.tokenizer(
@@ -248,7 +253,7 @@ def make_encoder(config: SLMConfig, encoder=None, base: nn.Module | None = None,
     "backbone" is the frozen `base` itself, a `BackboneEncoder`; one of another model is made anew for `base`.
     """
     if isinstance(encoder, Encoder):
-        return encoder if base is None else encoder.on(base)
+        return encoder if base is None else encoder.on(base, config.route_in_prefill)
     source = encoder if encoder is not None else config.encoder_name_or_path
     settings = {"query_layers": config.query_layers, "max_length": config.encoder_max_length}
     if source != "backbone":
@@ -257,4 +262,4 @@ def make_encoder(config: SLMConfig, encoder=None, base: nn.Module | None = None,
         raise ValueError('encoder="backbone" needs the base model whose hidden states are the queries')
     from slm_fast.backbone_encoder import BackboneEncoder
 
-    return BackboneEncoder(base, tokenizer, **settings)
+    return BackboneEncoder(base, tokenizer, **settings, in_prefill=config.route_in_prefill)

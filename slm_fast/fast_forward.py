@@ -38,6 +38,7 @@ from slm_fast.step_graphs import CACHE_NAMES, StepGraphs
 # Layers whose forward is the one above. Their attentions differ in what they pass on beside it.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 MOST_TOKENS = 64  # of a step that is bound by the bytes of the weights; PyTorch is faster on more
+UNHEARD = ("output_capturing_hook", "slm_fast_query_hook")  # hooks that change nothing
 
 
 def patch_model(
@@ -274,11 +275,12 @@ class FastPath:
 
 def hooked(modules: tuple[nn.Module, ...]) -> bool:
     """Whether somebody listens to one of the modules. What transformers leaves on attentions to record their
-    weights does not count: the attention function of this path has none to give."""
+    weights does not count: the attention function of this path has none to give. Nor does `PrefillScope`,
+    which is gone before the first step of decoding."""
     for module in modules:
         if module._forward_pre_hooks or module._forward_hooks:
-            names = {getattr(hook, "__name__", "") for hook in module._forward_hooks.values()}
-            if module._forward_pre_hooks or names != {"output_capturing_hook"}:
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            if any(getattr(hook, "__name__", "") not in UNHEARD for hook in hooks):
                 return True
     return False
 

@@ -1,5 +1,7 @@
 """The replaced linear layer, the holder that carries a batch's routing to it, and the surgery on a model."""
 
+import contextlib
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -52,6 +54,7 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self.last_routing: Routing | None = None  # that a `PrefillScope` found
         self.packing: Packing | None = None  # None where all rows have the same number of tokens
         self.resident: ResidentPool | None = None
         self.lease: Lease | None = None
@@ -63,6 +66,13 @@ class RoutingState:
     def use(self, routing: Routing | None, packing: Packing | None = None) -> "RoutingScope":
         """A context in which the layers see `routing`; what they saw before comes back at its end, always."""
         return RoutingScope(self, routing, packing)
+
+    def set(self, routing: Routing | None, packing: Packing | None = None) -> None:
+        """What the layers see from now on; a lease is taken where the factors are resident."""
+        lease = None
+        if self.resident is not None and routing is not None:
+            lease = self.resident.acquire(routing)
+        self.routing, self.lease, self.packing, self._made = routing, lease, packing, {}
 
     def cu_seqlens(self, rows: int, num_tokens: int) -> Tensor | None:
         """Where the routing's rows begin in a batch of `rows` rows, `num_tokens` in all; None: equal parts.
@@ -137,11 +147,9 @@ class RoutingScope:
         self.previous: list[tuple[Routing | None, Lease | None, Packing | None]] = []
 
     def __enter__(self) -> None:
-        state, lease = self.state, None
-        if state.resident is not None and self.routing is not None:
-            lease = state.resident.acquire(self.routing)
-        self.previous.append((state.routing, state.lease, state.packing))
-        state.routing, state.lease, state.packing, state._made = self.routing, lease, self.packing, {}
+        before = self.state.routing, self.state.lease, self.state.packing
+        self.state.set(self.routing, self.packing)
+        self.previous.append(before)
 
     def __exit__(self, *exception) -> None:
         state, lease = self.state, self.state.lease
@@ -240,8 +248,32 @@ def _is_linear(module: nn.Module) -> bool:
     return hasattr(module, "weight") or len(own) > 0
 
 
-def target_linears(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
-    """The linears of `base` that get a mixture, by name. Raises ValueError when a target matches none."""
+def target_linears(
+    base: nn.Module, target_modules: list[str] | str | None, layers_to_transform: list[int] | None = None
+) -> dict[str, nn.Module]:
+    """The linears of `base` that get a mixture, by name; see `SLMConfig` for the arguments.
+
+    Raises ValueError when a target matches none, or a layer has none of them.
+    """
+    found = _targeted(base, target_modules)
+    if layers_to_transform is None:
+        return found
+    indices = {name: layer_index(name) for name in found}
+    missing = sorted(set(layers_to_transform) - set(indices.values()))
+    if missing:
+        known = sorted(index for index in set(indices.values()) if index is not None)
+        raise ValueError(
+            f"layers_to_transform {missing} match no target linear; there are some in the layers {known}"
+        )
+    return {name: module for name, module in found.items() if indices[name] in layers_to_transform}
+
+
+def layer_index(name: str) -> int | None:
+    """The first number in a module's dotted name, which is its layer's index for PEFT too."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _targeted(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     linears = {
         name: module for name, module in base.named_modules() if _is_linear(module) and module is not head
@@ -312,10 +344,13 @@ def restore_linears(base: nn.Module) -> None:
 
 
 def checkpoint_contexts(state: RoutingState):
-    """The `context_fn` of checkpointing: recomputation sees the routing of its own forward pass."""
+    """The `context_fn` of checkpointing: recomputation sees the routing of its own forward pass.
+
+    The forward pass itself gets no scope, at whose end a routing that is found in a layer would be lost.
+    """
 
     def contexts():
-        return state.use(state.routing, state.packing), state.use(state.routing, state.packing)
+        return contextlib.nullcontext(), state.use(state.routing, state.packing)
 
     return contexts
 
@@ -324,6 +359,13 @@ def module_shapes(linears: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
     return {name: (module.in_features, module.out_features) for name, module in linears.items()}
 
 
-def default_pool(base: nn.Module, config, dtype: torch.dtype = torch.float32) -> KnowledgePool:
-    """An empty pool for the linears of `base` that the config targets."""
-    return KnowledgePool(config, module_shapes(target_linears(base, config.target_modules)), dtype=dtype)
+def default_pool(
+    base: nn.Module, config, dtype: torch.dtype = torch.float32, *, without: Container[str] = ()
+) -> KnowledgePool:
+    """An empty pool for the linears of `base` that the config targets, but those named in `without`, on which
+    queries depend. Raises ValueError where none is left."""
+    linears = target_linears(base, config.target_modules, config.layers_to_transform)
+    left = {name: module for name, module in linears.items() if name not in without}
+    if linears and not left:
+        raise ValueError("no target linear lies behind query_layers: choose some that are less deep")
+    return KnowledgePool(config, module_shapes(left), dtype=dtype)

@@ -13,17 +13,18 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import TransformersKwargs
 
-from slm_fast.answers import Prediction, answer_all
+from slm_fast.answers import Prediction, answer_all, answer_in_prefill
 from slm_fast.backbone_encoder import backbone_of, base_tokenizer
 from slm_fast.config import INITS, KEY_METHODS, SLMConfig
 from slm_fast.encoder import Encoder, check_texts, make_encoder, mean_pool
 from slm_fast.fast_forward import patch_model, unpatch_model
-from slm_fast.layers import checkpoint_contexts, default_pool
+from slm_fast.layers import RoutingScope, checkpoint_contexts, default_pool
 from slm_fast.loading import with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
+from slm_fast.prefill import PrefillScope, check_encoder, check_prefill, modules_before_query
 from slm_fast.prompts import encode_prompts
 from slm_fast.resident import ResidentPool
-from slm_fast.router import Router, rows_of
+from slm_fast.router import SOURCES, Router, input_of, rows_of
 from slm_fast.routing import Routing
 from slm_fast.starts import mean_weights, start_from_mixture
 from slm_fast.storage import load_pool, save_pool
@@ -34,13 +35,16 @@ class SLMModel(nn.Module):
 
     Rows are routed by `texts=` (or their precomputed `embeddings=`), by a finished `routing=`, or by name
     with `adapter_names=` as in PEFT ("__base__" is the frozen model). `task=` restricts the routing to a
-    task's entries and, if the task has a head, makes `forward` return that head's logits and loss.
+    task's entries and, if the task has a head, makes `forward` return that head's logits and loss. With
+    `SLMConfig.route_in_prefill` rows without any of these are routed by the pass that answers them, see
+    `PrefillScope`; `last_routing` is what it found.
     """
 
     def __init__(
         self, base_model: nn.Module, config: SLMConfig, pool: KnowledgePool, encoder: Encoder, tokenizer=None
     ) -> None:
         super().__init__()
+        check_prefill(config, base_model, encoder, list(pool.modules_shape))
         self.slm_config = config
         self.encoder = encoder
         self.tokenizer = tokenizer
@@ -233,10 +237,48 @@ class SLMModel(nn.Module):
             rows.append({"task": task, "mass": dict(zip(names, row_mass, strict=False)), "entries": entries})
         return rows
 
-    def _resolve(self, num_rows: int, **sources) -> Routing | None:
-        """The routing of a call. Raises ValueError unless exactly one source fits the batch's rows."""
+    @property
+    def last_routing(self) -> Routing | None:
+        """What the last call found that routed in the prefill, for `explain(routing=...)`; None before.
+        A decoder's beams and return sequences have a row each."""
+        return self.state.last_routing
+
+    def prefill_scope(self, **options) -> PrefillScope:
+        """A context in which the first pass through the base routes its rows; see `PrefillScope`."""
+        check_encoder(self.slm_config, self.encoder)
+        return PrefillScope(self.state, self.pool, self.encoder, **options)
+
+    @property
+    def _routes_in_prefill(self) -> bool:
+        return self.slm_config.route_in_prefill and self.pool.num_entries > 0
+
+    def _scope(self, sources: dict, args: tuple, kwargs: dict) -> RoutingScope:
+        """The context of a call, with the routing of its source, or the one that its prefill will find."""
+        rows, packing = rows_of(args, kwargs)
+        if not self._routes_in_prefill or any(sources[name] is not None for name in SOURCES):
+            return self.state.use(self._resolve(rows, **sources), packing)
+        self._check_loaded()
+        if packing is not None:
+            raise ValueError("packed sequences (cu_seq_lens_q) are not routed in the prefill: pass routing=")
+        mask = kwargs.get("attention_mask")
+        return self.prefill_scope(
+            task=sources["task"],
+            num_tokens=input_of(args, kwargs).shape[1],
+            attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+        )
+
+    def _check_loaded(self) -> None:
         if self.unloaded:
             raise ValueError("the base model was unloaded: call repatch(pool) or load_pool(directory) first")
+
+    def _resolve(self, num_rows: int, **sources) -> Routing | None:
+        """The routing of a call. Raises ValueError unless exactly one source fits the batch's rows."""
+        self._check_loaded()
+        if self._routes_in_prefill and all(sources[name] is None for name in SOURCES):
+            raise ValueError(
+                "continuous batching does not route in the prefill, which it may run in parts: pass "
+                "texts=[...], embeddings=, routing= or adapter_names=[...]"
+            )
         return self.router.resolve(num_rows, self.device, **sources)
 
     # ---- running
@@ -263,11 +305,10 @@ class SLMModel(nn.Module):
             raise ValueError(f"unexpected keyword arguments: {', '.join(unknown)}")
         sources = {"texts": texts, "embeddings": embeddings, "routing": routing}
         sources |= {"adapter_names": adapter_names, "task": task}
-        rows, packing = rows_of(args, kwargs)
-        routing = self._resolve(rows, **sources)
-        with self.state.use(routing, packing):
+        scope = self._scope(sources, args, kwargs)
+        with scope:
             if task is not None and self.pool.task(task).labels is not None:
-                if packing is not None:
+                if scope.packing is not None:
                     raise ValueError(f"the head of task {task!r} takes no packed sequences (cu_seq_lens_q)")
                 return self._classify(task, labels, num_items_in_batch, *args, **kwargs)
             if labels is not None:
@@ -291,8 +332,7 @@ class SLMModel(nn.Module):
         """The base model's `generate`, with any generation config; rows are routed as in `forward`."""
         sources = {"texts": texts, "embeddings": embeddings, "routing": routing}
         sources |= {"adapter_names": adapter_names, "task": task}
-        rows, _ = rows_of((inputs,), kwargs)
-        with self.state.use(self._resolve(rows, **sources)):
+        with self._scope(sources, (inputs,), kwargs):
             return self.base_model.generate(inputs, **kwargs)
 
     def generate_text(
@@ -303,7 +343,7 @@ class SLMModel(nn.Module):
         max_length: int = 2048,
         **kwargs,
     ) -> list[str]:
-        """The completion of every prompt; rows are routed while the prompts are tokenised.
+        """The completion of every prompt; rows are routed while the prompts are tokenised, or in the prefill.
 
         Rows are routed by `texts`, by default the prompts, or another source of `generate`, whose options
         are taken too. Prompts go through the tokenizer's chat template where it has one; those of more than
@@ -311,7 +351,7 @@ class SLMModel(nn.Module):
         """
         prompts = check_texts(prompts)
         if all(kwargs.get(name) is None for name in ("embeddings", "routing", "adapter_names")):
-            if self.pool.num_entries:
+            if self.pool.num_entries and not (texts is None and self._routes_in_prefill):
                 texts = prompts if texts is None else texts
                 kwargs["routing"] = self.route_ahead(texts, task=kwargs.pop("task", None))
         elif texts is not None:
@@ -401,11 +441,15 @@ class SLMModel(nn.Module):
         """Answer every text by itself: a label name where the chosen task has a head, else generated text.
 
         The task is the one with the largest routing mass. `task=` tells it instead; `routing=` passes it
-        ready-made. Texts longer than `max_length` tokens are cut.
+        ready-made. Texts longer than `max_length` tokens are cut. With `route_in_prefill` a text runs through
+        the base once, but twice where tasks with heads are in the pool and its own has none.
         """
-        texts = check_texts(texts)
+        texts, limits = check_texts(texts), (batch_size, max_length, max_new_tokens, progress)
         if self.pool.num_entries == 0:
             routing = self.pool.fixed_routing(["__base__"] * len(texts))
+        elif routing is None and self._routes_in_prefill:
+            self._check_loaded()
+            return answer_in_prefill(self, texts, task, *limits)
         elif routing is None:
             routing = self.route(texts, task=task, progress=progress)
         if routing.num_rows != len(texts):
@@ -414,7 +458,7 @@ class SLMModel(nn.Module):
             Prediction(text, None, task or row["task"], row["mass"], row["entries"])
             for text, row in zip(texts, self.explain(routing=routing), strict=True)
         ]
-        answer_all(self, results, routing.to(self.device), batch_size, max_length, max_new_tokens, progress)
+        answer_all(self, results, routing.to(self.device), *limits)
         return results
 
     def require_tokenizer(self):
@@ -463,6 +507,7 @@ class SLMModel(nn.Module):
         """Put `pool` in place of the current one."""
         if self.pool.owner is not None:
             raise ValueError(f"task {self.pool.owner!r} is being trained")
+        check_prefill(pool.config, self.base_model, self.encoder, list(pool.modules_shape))
         trainable = self.state.trainable
         unpatch_model(self.base_model)
         try:
@@ -531,5 +576,9 @@ def get_slm_model(
         dtype: of the pool's factors. They stay fp32 for training whatever the base's dtype is.
     """
     config = SLMConfig() if config is None else config
-    pool = default_pool(base_model, config, dtype)
-    return SLMModel(base_model, config, pool, make_encoder(config, encoder, base_model, tokenizer), tokenizer)
+    encoder, without = make_encoder(config, encoder, base_model, tokenizer), set()
+    check_encoder(config, encoder)
+    if config.route_in_prefill and config.layers_to_transform is None:
+        without = modules_before_query(base_model, encoder)
+    pool = default_pool(base_model, config, dtype, without=without)
+    return SLMModel(base_model, config, pool, encoder, tokenizer)

@@ -79,6 +79,15 @@ def encode_prompts(tokenizer, prompts: list[str], max_length: int, seq2seq: bool
         tokenizer.padding_side = side
 
 
+def encode_texts(base, tokenizer, texts: list[str], max_length: int) -> dict[str, Tensor]:
+    """Padded texts as a base gets them where one pass both routes and answers (`route_in_prefill`), before it
+    is known whether a head reads them: as prompts, see `encode_prompts`, where the base generates text, and
+    else as they are."""
+    if getattr(base, "can_generate", bool)():
+        return encode_prompts(tokenizer, texts, max_length, bool(base.config.is_encoder_decoder))
+    return tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+
+
 def _prompt_ids(tokenizer, prompt: str) -> list[int]:
     special = not getattr(tokenizer, "chat_template", None)
     ids = tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=special)["input_ids"]

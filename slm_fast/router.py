@@ -103,7 +103,7 @@ def rows_of(args: tuple, kwargs: dict) -> tuple[int, Packing | None]:
     the sequences side by side in a batch [1, T]. Raises ValueError when the call has no input, is empty, or
     its bounds are not ones of the batch; their values are looked at on the CPU alone.
     """
-    batch, bounds = _input(args, kwargs), kwargs.get("cu_seq_lens_q")
+    batch, bounds = input_of(args, kwargs), kwargs.get("cu_seq_lens_q")
     if batch.shape[0] == 0:
         raise ValueError("the batch is empty: it needs at least one row")
     if bounds is None:
@@ -124,7 +124,8 @@ def rows_of(args: tuple, kwargs: dict) -> tuple[int, Packing | None]:
     return len(bounds) - 1, Packing(bounds.to(batch.device), tokens)
 
 
-def _input(args: tuple, kwargs: dict) -> Tensor:
+def input_of(args: tuple, kwargs: dict) -> Tensor:
+    """The batch that a call carries, [rows, tokens, ...]. Raises ValueError where there is none."""
     for name in ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids"):
         if kwargs.get(name) is not None:
             return kwargs[name]

@@ -22,7 +22,7 @@ from slm_fast.answers import evaluating
 from slm_fast.linear_probe import linear_probe
 from slm_fast.loading import with_pad_token
 from slm_fast.model import SLMModel
-from slm_fast.prompts import IGNORED, encode_example
+from slm_fast.prompts import IGNORED, encode_example, encode_texts
 from slm_fast.routing import Routing
 
 logger = logging.getLogger(__name__)
@@ -403,7 +403,10 @@ def encode_dataset(
             target = labels[target]
         if target not in labels:
             raise ValueError(f"row {number}: {target!r} is not a label of task {task!r}: {', '.join(labels)}")
-        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+        if model.slm_config.route_in_prefill:
+            ids = encode_texts(model.base_model, tokenizer, [text], max_length)["input_ids"][0].tolist()
+        else:
+            ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
         rows.append({"input_ids": ids, "labels": labels.index(target)})
     if not rows:
         raise ValueError("the dataset is empty")

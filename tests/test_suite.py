@@ -721,6 +721,26 @@ def test_the_first_token_begins_with_texts(minilm):
     assert "wrong logits" in checks["on"](frozen) and "wrong logits" in checks["on"](mixed[[1, 2, 0]])
 
 
+def test_the_first_token_routed_in_the_prefill():
+    from conftest import word_tokenizer
+    from suite import first_token, gpu_model
+    from suite.cases import Effort, measure
+
+    words = ["[PAD]", "[EOS]", "[UNK]", *sorted(set(first_token.VOCABULARY))]
+    tokenizer = word_tokenizer(words, padding_side="left")
+    base = gpu_model.make_base("cpu", **SMALL | dict(num_hidden_layers=6)).float()
+    model = first_token.make_model(base, 16, tokenizer)
+    case, paths = first_token.case(base, model, tokenizer, 3)
+    assert case.name.endswith("routed in the prefill")
+    found = measure(case, Effort(2, 2, 0.0))["contenders"]
+    assert set(found) == {"frozen", "on", "in the prefill"} and all("seconds" in c for c in found.values())
+    assert set(paths["in the prefill"].seconds) == {"tokenizer", "prefill"}
+    check = case.contenders[2].check
+    assert check(paths["in the prefill"]()) is None and "wrong logits" in check(paths["frozen"]())
+    model(**tokenizer(["the river was"], return_tensors="pt"))
+    assert "other entries" in check(paths["on"]())
+
+
 def test_small_cases_wait_for_the_device(monkeypatch):
     import test_cases
 

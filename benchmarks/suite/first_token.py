@@ -1,9 +1,12 @@
 """From texts to the logits of the first answer: what a user waits for, on the CPU.
 
-    frozen   texts -> tokenizer -> prefill
-    on       texts -> encoder -> key search -> routing; tokenizer -> prefill with every row's mixture
+    frozen         texts -> tokenizer -> prefill
+    on             texts -> encoder -> key search -> routing; tokenizer -> prefill with every row's mixture
+    in the prefill texts -> tokenizer -> prefill, whose first layers are the query, with every row's mixture
 
-SmolLM2-135M with its own tokenizer, queries by all-MiniLM-L6-v2, whose memory of texts is not asked. The
+SmolLM2-135M with its own tokenizer, queries by all-MiniLM-L6-v2, whose memory of texts is not asked. Cases
+"routed in the prefill" have queries of the model's first half, mixtures in its other half and texts as
+prompts; there `on` makes the query in a pass of its own, and both must find the same entries. The
 logits must be those of fp32 models that get each row by itself, without padding, and for `on` the routing as
 given numbers, on the reference ops: at most twice the error that the frozen model makes by single rows.
 Medians of the parts go into the record: `encoder_seconds`, `search_seconds`, `tokenizer_seconds`,
@@ -25,10 +28,12 @@ from transformers import PreTrainedTokenizerFast
 
 from slm_fast import Routing, SLMConfig, get_slm_model
 from slm_fast.loading import packaged_model, with_pad_token
+from slm_fast.prompts import encode_prompts
 from suite.cases import Case, Contender, Effort, measure
 from suite.machine import dtype_name
 
-OURS, WORDS = "on", 64  # words of a text
+OURS, PREFILL, WORDS = "on", "in the prefill", 64  # words of a text
+MAX_LENGTH = 256  # tokens of a prompt, as the encoder keeps them
 VOCABULARY = (
     "the a one this that every no some river model city answer question light number house paper water "
     "history letter engine table garden reason winter machine is was has gives takes finds keeps follows "
@@ -49,10 +54,15 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(base: nn.Module, entries: int):
-    """The engine on a copy of the base, with keys among which texts like ours have their queries."""
-    config = SLMConfig(r=RANK, top_k=TOP_K, target_modules=TARGETS["all"], encoder_name_or_path="minilm")
-    model, generator = get_slm_model(copy.deepcopy(base), config), torch.Generator().manual_seed(0)
+def make_model(base: nn.Module, entries: int, tokenizer=None):
+    """The engine on a copy of the base, with keys among which texts like ours have their queries; with a
+    tokenizer it routes in the prefill."""
+    settings = dict(encoder_name_or_path="minilm")
+    if tokenizer is not None:
+        settings = dict(encoder_name_or_path="backbone", encoder_max_length=MAX_LENGTH, route_in_prefill=True)
+    config = SLMConfig(r=RANK, top_k=TOP_K, target_modules=TARGETS["all"], **settings)
+    model = get_slm_model(copy.deepcopy(base), config, tokenizer=tokenizer)
+    generator = torch.Generator().manual_seed(0)
     queries = model.encoder(make_texts(16, seed=1)).repeat(entries // 4, 1)  # four for each entry
     queries += 0.02 * torch.randn(queries.shape, generator=generator)
     model.pool.add_task("all", queries[:entries], queries=queries, generator=generator)
@@ -63,10 +73,13 @@ def make_model(base: nn.Module, entries: int):
 
 
 class FirstToken:
-    """A contender: a call returns the logits [rows, vocab] and keeps how long its parts took."""
+    """A contender: a call returns the logits [rows, vocab] and keeps how long its parts took.
 
-    def __init__(self, forward: Callable, tokenizer, texts: list[str], model=None) -> None:
-        self.forward, self.tokenizer, self.texts, self.model = forward, tokenizer, texts, model
+    tokenize: texts -> inputs of `forward`.  model: whose encoder routes the texts first.
+    """
+
+    def __init__(self, forward: Callable, tokenize: Callable, texts: list[str], model=None) -> None:
+        self.forward, self.tokenize, self.texts, self.model = forward, tokenize, texts, model
         self.seconds: dict[str, list[float]] = {}
 
     @contextmanager
@@ -84,7 +97,7 @@ class FirstToken:
             with self.part("search"):
                 options["routing"] = self.model.pool.search(queries)
         with self.part("tokenizer"):
-            inputs = self.tokenizer(self.texts, padding=True, return_tensors="pt")
+            inputs = self.tokenize(self.texts)
         with self.part("prefill"):
             return self.forward(**inputs, **options, logits_to_keep=1).logits[:, -1]
 
@@ -94,16 +107,15 @@ class FirstToken:
 
 
 @torch.inference_mode()
-def by_rows(forward: Callable[[int], Callable], tokenizer, texts: list[str]) -> Tensor:
+def by_rows(forward: Callable[[int], Callable], tokenize: Callable, texts: list[str]) -> Tensor:
     """[rows, vocab] fp32 logits of every text by itself; `forward(row)` answers it."""
     found = []
     for row, text in enumerate(texts):
-        inputs = tokenizer([text], return_tensors="pt")
-        found.append(forward(row)(**inputs, logits_to_keep=1).logits[:, -1].float())
+        found.append(forward(row)(**tokenize([text]), logits_to_keep=1).logits[:, -1].float())
     return torch.cat(found)
 
 
-def exact_logits(model, routing: Routing, tokenizer, texts: list[str]) -> list[Tensor]:
+def exact_logits(model, routing: Routing, tokenize: Callable, texts: list[str]) -> list[Tensor]:
     """Of an fp32 copy on the reference ops, with the mixtures and without."""
     exact = copy.deepcopy(model).float()
     exact.pool.config.backend = "reference"
@@ -111,16 +123,22 @@ def exact_logits(model, routing: Routing, tokenizer, texts: list[str]) -> list[T
     def answered(row: int) -> Callable:
         return common.engine_forward(exact, routing.rows([row]))
 
-    return [by_rows(answered, tokenizer, texts), by_rows(lambda _: exact.base_model, tokenizer, texts)]
+    return [by_rows(answered, tokenize, texts), by_rows(lambda _: exact.base_model, tokenize, texts)]
 
 
 def case(base: nn.Module, model, tokenizer, rows: int) -> tuple[Case, dict[str, FirstToken]]:
     """The case and its contenders by name."""
-    texts = make_texts(rows)
+    texts, prefills = make_texts(rows), model.slm_config.route_in_prefill
+
+    def tokenize(texts: list[str]) -> dict[str, Tensor]:
+        if prefills:
+            return encode_prompts(tokenizer, texts, MAX_LENGTH, False)
+        return tokenizer(texts, padding=True, return_tensors="pt")
+
     found = model.route(texts)
     routing = Routing.make(found.indices, found.weights, pool_version=model.pool.version)
-    mixed, plain = exact_logits(model, routing, tokenizer, texts)
-    own = by_rows(lambda _: base, tokenizer, texts)
+    mixed, plain = exact_logits(model, routing, tokenize, texts)
+    own = by_rows(lambda _: base, tokenize, texts)
     allowed = 2 * float((own - plain).norm() / plain.norm()) + 1e-2
 
     def right(want: Tensor) -> Callable[[Tensor], str | None]:
@@ -131,28 +149,40 @@ def case(base: nn.Module, model, tokenizer, rows: int) -> tuple[Case, dict[str, 
         return check
 
     paths = {
-        "frozen": FirstToken(base, tokenizer, texts),
-        OURS: FirstToken(model, tokenizer, texts, model),
+        "frozen": FirstToken(base, tokenize, texts),
+        OURS: FirstToken(model, tokenize, texts, model),
     }
     contenders = [
         Contender("frozen", lambda _: paths["frozen"](), right(plain)),
         Contender(OURS, lambda _: paths[OURS](), right(mixed)),
     ]
-    tokens = max(len(ids) for ids in tokenizer(texts)["input_ids"])
+    if prefills:
+        paths[PREFILL] = FirstToken(model, tokenize, texts)
+
+        def as_routed(got: Tensor) -> str | None:
+            if not torch.equal(model.last_routing.indices, found.indices):
+                return "other entries than those that a pass of its own finds"
+            return right(mixed)(got)
+
+        contenders.append(Contender(PREFILL, lambda _: paths[PREFILL](), as_routed))
+    tokens = tokenize(texts)["input_ids"].shape[1]
     axes = {"kind": "first_token", "model": "smol", "rows": rows, "tokens": tokens}
     axes |= {"entries": model.pool.num_entries, "dtype": dtype_name(base.dtype)}
     name = f"first token, smol, {rows} {'row' if rows == 1 else 'rows'} of text"
+    name += ", routed in the prefill" if prefills else ""
     return Case("model", name, axes, contenders, OURS, dtype=axes["dtype"]), paths
 
 
 def records(base: nn.Module, counts: tuple[int, ...], effort: Effort) -> Iterator[dict]:
     """`first_token_seconds` is `seconds` by its name."""
-    model, tokenizer = make_model(base, ENTRIES["smol"]), make_tokenizer()
-    for rows in counts:
-        made, paths = case(base, model, tokenizer, rows)
-        record = measure(made, effort)
-        for name, path in paths.items():
-            found = record["contenders"][name]
-            if "seconds" in found:
-                found |= path.numbers() | {"first_token_seconds": found["seconds"]}
-        yield record
+    tokenizer = make_tokenizer()
+    for prefills in (False, True):
+        model = make_model(base, ENTRIES["smol"], tokenizer if prefills else None)
+        for rows in counts:
+            made, paths = case(base, model, tokenizer, rows)
+            record = measure(made, effort)
+            for name, path in paths.items():
+                found = record["contenders"][name]
+                if "seconds" in found:
+                    found |= path.numbers() | {"first_token_seconds": found["seconds"]}
+            yield record

@@ -22,7 +22,7 @@ from slm_fast.trainer import SLMTrainer, last_checkpoint
 
 # Fields of the engine's config that every method takes over; the rest is how the engine retrieves.
 SHARED = ("r", "target_modules", "scaling", "entries_per_task", "top_k", "num_groups", "pooling", "backend")
-SHARED += ("head_init", "encoder_name_or_path", "encoder_max_length", *KEY_TRAINING)
+SHARED += ("layers_to_transform", "head_init", "encoder_name_or_path", "encoder_max_length", *KEY_TRAINING)
 
 
 class Method(ABC):
