@@ -224,16 +224,18 @@ def test_every_row_is_in_one_batch(count):
     assert sorted(LengthGroupedSampler([5] * count, 8, seed=0)) == list(range(count))
 
 
-def test_a_probe_is_the_minimum_of_its_objective():
+@pytest.mark.parametrize("rows, penalty", [(60, 1), (640, 10)])
+def test_a_probe_is_the_minimum_of_its_objective(rows, penalty):
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 3
-    features = 3 + torch.randn(60, 8, generator=generator) + torch.eye(4, 8)[labels]
+    labels = torch.arange(rows) % 3
+    features = 3 + torch.randn(rows, 8, generator=generator) + torch.eye(4, 8)[labels]
     weight, bias = linear_probe(features, labels, 4)
     assert weight.shape == (4, 8) and weight.dtype == bias.dtype == torch.float32
     W, b = weight.double().requires_grad_(), bias.double().requires_grad_()
     size = (features - features.mean(0)).double().square().sum(1).mean()
     logits = features.double() @ W.T + b
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") + size / 2 * W.square().sum()
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    loss = loss + penalty * size / 2 * W.square().sum()
     grads = torch.autograd.grad(loss, (W, b))
     assert max(float(g.abs().max()) for g in grads) < 1e-2 * float(size)
     assert logits.detach().argmax(1).eq(labels).float().mean() > 0.6

@@ -9,6 +9,7 @@ from slm_fast.continual.tasks import Task
 from slm_fast.storage import base_fingerprint, load_pool, read_index, save_pool
 
 COST_NAME = "cost.json"
+VERSION = 2  # raised where the same settings learn something else, or keep other statistics, than before
 NO_MATTER = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps")
 NO_MATTER += ("save_steps", "save_total_limit")  # of the training arguments
 OF_RETRIEVAL = ("twin_share", "min_similarity", "coverage", "faiss_above")  # of the config
@@ -55,6 +56,7 @@ class TrainedTasks:
         model = method.model
         config = model.slm_config.to_dict() | encoder
         what = {
+            "version": VERSION,
             "method": method.name,
             "options": method.options,
             "tasks": [_content(task) for task in tasks],
