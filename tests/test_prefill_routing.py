@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import tiny_model
-from test_backbone_encoder import TEXTS, base_of, fill, texts_of, tokenizer
+from test_backbone_encoder import TEXTS, fill, texts_of, tokenizer
+from test_backbone_encoder import base_of as zero_padded_base
 from test_step_graphs import graphs  # noqa: F401
 from torch import nn
 from transformers import DynamicCache
@@ -19,6 +20,13 @@ CHAT = "{% for m in messages %}w80 w81 w82 {{ m['content'] }} w83{% endfor %}"
 FAMILIES = ["llama", "bert", "t5"]
 MIXED = [text for task in range(3) for text in texts_of(task, 3)] + ["w1 w40 w80 w2", "w91 w91"]
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+
+
+def base_of(family: str):
+    """As in real models, padding has states of its own."""
+    base = zero_padded_base(family)
+    base.get_input_embeddings().weight.data[0].normal_(generator=torch.Generator().manual_seed(5))
+    return base
 
 
 def model_of(family: str, labels=None, chat=None, side="right", **config) -> SLMModel:
@@ -240,6 +248,7 @@ def test_resident_factors(monkeypatch):
     model.keep_resident(slots=6)
     no_pass_of_its_own(model, monkeypatch)
     assert model.generate_text(MIXED, **GREEDY) == want
+    assert model.state.resident.misses > 0
     assert model.state.lease is None and not any(model.state.resident._held)
     with pytest.raises(ZeroDivisionError):
         model.base_model.lm_head.register_forward_hook(lambda *_: 1 / 0)
