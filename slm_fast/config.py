@@ -112,7 +112,14 @@ class SLMConfig:
     faiss_above: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("r", "entries_per_task", "num_groups", "encoder_max_length", "key_epochs", "key_batch_size")
+        positive = (
+            "r",
+            "entries_per_task",
+            "num_groups",
+            "encoder_max_length",
+            "key_epochs",
+            "key_batch_size",
+        )
         for name in (*positive, "statistics_rank"):
             value = getattr(self, name)
             if value is None and name == "statistics_rank":

@@ -97,7 +97,7 @@ def telling_directions(centred: Tensor, rank: int, states: int) -> Tensor:
     factor = torch.linalg.cholesky(own + ridge * torch.eye(states)).float()
     white = torch.linalg.solve_triangular(factor, by_unit(centred, states), upper=False)
     V = leading(white.permute(2, 1, 0).flatten(1), rank)
-    return (factor @ by_unit(V, states)).permute(2, 1, 0).flatten(1)
+    return (factor @ by_unit(V, states)).permute(2, 1, 0).flatten(1).contiguous()
 
 
 def nearest_positive(matrices: Tensor) -> Tensor:
