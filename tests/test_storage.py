@@ -107,7 +107,7 @@ def test_damaged_index(tmp_path):
 
 
 def test_a_pool_of_format_3(tmp_path):
-    """Directions in fp16 and a diagonal, written by hand: it is searched as it was, and saved as it is now."""
+    """Directions in fp16 and a diagonal, written by hand: searched as it was, saved as pools are now."""
     model, folder = saved(tmp_path), tmp_path
     stored, metric = load_file(folder / "slm_keys.safetensors"), model.pool.metric
     stored["metric.scatter"] = torch.zeros_like(metric.scatter)
