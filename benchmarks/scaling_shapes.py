@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 SLOT_BYTES = 4 + 4 + 4 + 1 + 8 + 8 + 8  # of a slot: start, rank, scaling, active, two versions, task
-STATISTICS_RANK, QUANTILES = 512, 1001  # of a task; `SLMConfig.statistics_rank`, `task_statistics`
+DIRECTION_BYTES, QUANTILES = 590_000, 1001  # of a task's statistics; `task_statistics`
 CODE_BYTES = 12  # of a key beside its codes: scale and two norms
 GROUP, BLOCK = 16, 32  # queries that share a pass over the codes, keys of a block of them (csrc/cpu)
 LEARNT_BYTES = 4 * 4  # of a number that is learnt: fp32, its gradient, AdamW's two moments
@@ -174,14 +174,15 @@ def doubled(count: int, first: int) -> int:
 
 @dataclass(frozen=True)
 class Pool:
-    """`entries` of rank `rank`, `per_task` of them a task; queries of `dim` numbers; factors of `size` bytes
-    a number."""
+    """`entries` of rank `rank`, `per_task` of them a task; queries of `dim` numbers, of `states` layers;
+    factors of `size` bytes a number."""
 
     entries: int
     rank: int = 8
     per_task: int = 4
     dim: int = 2688  # seven states of MiniLM
     size: int = 2
+    states: int = 7
 
     @property
     def tasks(self) -> float:
@@ -202,7 +203,8 @@ class Pool:
     @property
     def statistics(self) -> int:
         """Bytes of the tasks' statistics (as many directions as there are) and of the metric."""
-        task = self.dim * (2 * STATISTICS_RANK + 8 + 4) + 4 * QUANTILES
+        rank = min(DIRECTION_BYTES // self.dim, self.dim)
+        task = rank * (self.dim + 4) + self.dim * (8 + 4 * self.states) + 4 * QUANTILES
         return round(self.tasks * task + 4 * self.dim**2)
 
     def learnt(self, shape: Shape) -> int:

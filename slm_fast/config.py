@@ -49,8 +49,8 @@ class SLMConfig:
         num_groups: groups of `grouped_cosine` and of the "paper" key method.
         shrinkage: whitened: multiple of the identity added to the within-task covariance, in units of its
             mean diagonal. None chooses it from the statistics alone.
-        statistics_rank: whitened: directions in which a task's covariance is kept, D bytes each. None: as many
-            as half a megabyte holds (195 of 2,688 values). With them a task's statistics take D (8 + 4 s)
+        statistics_rank: whitened: directions in which a task's covariance is kept, D bytes each. None: as
+            many as 590,000 bytes hold (219 of 2,688 values). With them a task's statistics take D (8 + 4 s)
             bytes, s the encoder's layers that make up a query, and 4 KB.
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.  key_learning_rate, key_epochs, key_batch_size: of its training, by AdamW. The authors' two
@@ -123,7 +123,14 @@ class SLMConfig:
     faiss_above: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("r", "entries_per_task", "num_groups", "encoder_max_length", "key_epochs", "key_batch_size")
+        positive = (
+            "r",
+            "entries_per_task",
+            "num_groups",
+            "encoder_max_length",
+            "key_epochs",
+            "key_batch_size",
+        )
         for name in (*positive, "statistics_rank"):
             value = getattr(self, name)
             if value is None and name == "statistics_rank":

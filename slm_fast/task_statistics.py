@@ -9,7 +9,7 @@ DIRECTIONS = 32  # of the task's own Gaussian; more do not tell other inputs apa
 RIDGE = 0.1  # on its variances, in units of their mean
 UNIT_RIDGE = 1e-3  # on the scatter between the states' values of a unit, in units of its mean diagonal
 LEVELS = 127  # of a direction's codes, on either side of 0
-DIRECTION_BYTES = 1 << 19  # of a task's directions, where their number is not told
+DIRECTION_BYTES = 590_000  # of a task's directions, where their number is not told
 FOLDS = 5
 NUM_QUANTILES = 1001
 
@@ -97,7 +97,7 @@ def telling_directions(centred: Tensor, rank: int, states: int) -> Tensor:
     factor = torch.linalg.cholesky(own + ridge * torch.eye(states)).float()
     white = torch.linalg.solve_triangular(factor, by_unit(centred, states), upper=False)
     V = leading(white.permute(2, 1, 0).flatten(1), rank)
-    return (factor @ by_unit(V, states)).permute(2, 1, 0).flatten(1)
+    return (factor @ by_unit(V, states)).permute(2, 1, 0).flatten(1).contiguous()
 
 
 def nearest_positive(matrices: Tensor) -> Tensor:

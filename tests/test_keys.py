@@ -26,7 +26,7 @@ def test_whitened_orders_by_mahalanobis_distance(shrinkage):
     within = torch.cat([q - q.mean(0) for q in tasks]).double()
     cov = within.T @ within / (180 - 3)
     measured, ridge = metric.covariance()
-    torch.testing.assert_close(measured.double(), cov, rtol=1e-3, atol=1e-3 * float(cov.max()))  # fp16
+    torch.testing.assert_close(measured.double(), cov, rtol=1e-3, atol=1e-2 * float(cov.max()))  # 8 bits
     precision = torch.linalg.inv(measured.double() + ridge * torch.eye(24))
     q, keys = torch.randn(9, 24), torch.stack([t.mean(0) for t in tasks])
     c, beta = metric.index(keys)

@@ -40,9 +40,9 @@ def test_bytes_are_those_of_a_real_pool(tasks):
     shape = replace(scaling.SHAPES["minilm"], hidden=24, inter=40, layers=2, key_value=24)
     linears = {f"{layer}.{i}": pair for layer in range(2) for i, pair in enumerate(shape.linears)}
     pool = KnowledgePool(SLMConfig(r=3), linears)
-    counted = scaling.Pool(4 * tasks, rank=3, per_task=4, dim=600, size=4)
+    counted = scaling.Pool(4 * tasks, rank=3, per_task=4, dim=600, size=4, states=1)
     for task in range(tasks):
-        queries = torch.randn(520, 600, generator=torch.Generator().manual_seed(task))
+        queries = torch.randn(620, 600, generator=torch.Generator().manual_seed(task))
         pool.add_task(str(task), queries[:4], queries=queries)
     assert nbytes(t for f in pool.factors for t in (f.A, f.B)) == counted.factors(shape)
     assert nbytes(pool.metric.buffers()) == pytest.approx(counted.statistics, rel=0.01)

@@ -1,9 +1,11 @@
+import hashlib
 import json
 
 import pytest
 import torch
 from conftest import clustered_embeddings, tiny_base, tiny_model
 from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 
 from slm_fast import SLMModel
 from slm_fast.storage import save_pool
@@ -102,6 +104,36 @@ def test_damaged_index(tmp_path):
             SLMModel.from_pretrained(tiny_base("llama"), tmp_path)
     with pytest.raises(OSError, match="holds no saved pool"):
         SLMModel.from_pretrained(tiny_base("llama"), tmp_path / "nowhere")
+
+
+def test_a_pool_of_format_3(tmp_path):
+    """Directions in fp16 and a diagonal, written by hand: searched as it was, saved as pools are now."""
+    model, folder = saved(tmp_path), tmp_path
+    stored, metric = load_file(folder / "slm_keys.safetensors"), model.pool.metric
+    stored["metric.scatter"] = torch.zeros_like(metric.scatter)
+    for key, task in metric.tasks.items():
+        V, stem = task.directions().half(), f"metric.tasks.{key}."
+        rest = task.rest.flatten()
+        stored |= {stem + "V": V, stem + "rest": rest}
+        del stored[stem + "scale"]
+        stored["metric.scatter"] += V.float().T @ V.float() + torch.diag(rest)
+    data = save_tensors(stored)
+    (folder / "slm_keys.safetensors").write_bytes(data)
+    index = json.loads((folder / "slm_config.json").read_text())
+    index["files"]["slm_keys.safetensors"] = hashlib.sha256(data).hexdigest()
+    index |= {"format": 3, "config": index["config"] | {"statistics_rank": 512}}
+    (folder / "slm_config.json").write_text(json.dumps(index))
+    query = torch.cat([clustered_embeddings(t, 3) for t in (0, 1, 5)])
+    old = SLMModel.from_pretrained(tiny_base("llama"), folder)
+    assert torch.equal(old.pool.metric.scatter, stored["metric.scatter"])
+    assert torch.equal(old.route(embeddings=query).indices, model.route(embeddings=query).indices)
+    old.save_pretrained(folder / "again")
+    assert json.loads((folder / "again" / "slm_config.json").read_text())["format"] == 4
+    again = SLMModel.from_pretrained(tiny_base("llama"), folder / "again")
+    assert torch.equal(again.route(embeddings=query).scores, old.route(embeddings=query).scores)
+    again.remove_task("topic")
+    want = sum(task.scatter() for key, task in old.pool.metric.tasks.items() if key != "task:topic")
+    torch.testing.assert_close(again.pool.metric.scatter, want)
 
 
 def test_another_base_model_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from tiny_runner import kept, make_tasks, new_runner
 from slm_fast.continual.tasks import Example
 from slm_fast.continual.trained import TrainedTasks
 from slm_fast.prompts import Prompt
+from slm_fast.task_statistics import TaskStatistics
 from slm_fast.trainer import SLMTrainer
 
 NAMES = ("colour", "size", "mood")
@@ -92,6 +93,22 @@ def test_what_training_depends_on_is_not_taken_over(folder, first):
     retrieval = run(folder / "none", methods=("slm",))
     retrieval.model.slm_config.min_similarity = 0.5
     assert trained.take(retrieval.methods["slm"], 0) is not None
+
+
+def test_statistics_are_the_taking_runs_own(folder, first, untrained):
+    few = run(folder / "few", methods=("slm",), config=dict(statistics_rank=2)).fit()
+    assert same_entries(few, first, "slm")
+    for task in few.tasks:
+        statistics = few.model.pool.metric.tasks[f"task:{task.name}"]
+        want = TaskStatistics.of(few.model.encoder([row.text for row in task.train]), 2)
+        assert statistics.V.shape[0] == 2 and torch.equal(statistics.scatter(), want.scatter())
+    for options, places in ((dict(top_k=2), 1), (dict(top_k=1), 2), (dict(key_method="kmeans"), 2)):
+        found = set()
+        for rank in (2, 3):
+            config = dict(statistics_rank=rank, entries_per_task=2, **options)
+            other = run(folder / "none", methods=("slm",), config=config)
+            found.add(TrainedTasks(folder / "trained")._place(other.methods["slm"], 0))
+        assert len(found) == places, options
 
 
 def test_a_task_that_trains_longer(folder, first):

@@ -50,7 +50,8 @@ def new_runner(
     config=None,
     **options,
 ) -> ContinualRunner:
-    config = SLMConfig(target_modules="all-linear", r=2, entries_per_task=2, num_groups=4, **(config or {}))
+    settings = dict(target_modules="all-linear", r=2, entries_per_task=2, num_groups=4)
+    config = SLMConfig(**(settings | (config or {})))
     model = get_slm_model(tiny_base(family), config, encoder=encoder, tokenizer=make_tokenizer())
     training = dict(num_train_epochs=epochs, learning_rate=2e-2, save_steps=3, use_cpu=True)
     args = default_arguments("unused", per_device_train_batch_size=4, **training)

@@ -4,20 +4,25 @@ import hashlib
 import json
 from pathlib import Path
 
+from slm_fast.config import SLMConfig
 from slm_fast.continual.method import Method
 from slm_fast.continual.tasks import Task
-from slm_fast.storage import base_fingerprint, load_pool, read_index, save_pool
+from slm_fast.pool import KnowledgePool
+from slm_fast.storage import FORMAT, base_fingerprint, load_pool, read_index, save_pool
+from slm_fast.task_statistics import module_key
 
 COST_NAME = "cost.json"
 VERSION = 2  # raised where the same settings learn something else, or keep other statistics, than before
 NO_MATTER = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps")
 NO_MATTER += ("save_steps", "save_total_limit")  # of the training arguments
 OF_RETRIEVAL = ("twin_share", "min_similarity", "coverage", "faiss_above")  # of the config
+ANY_RANK = 512  # stands in a folder's name for a `statistics_rank` that training does not depend on
 
 
 class TrainedTasks:
     """A folder of trained tasks. A folder in it is a saved pool, named after the method, the tasks and all
-    that their training depends on: rows, settings, seed, base and encoder.
+    that their training depends on: rows, settings, seed, base and encoder. The metric's statistics are the
+    taking run's own: made again from the task's texts where that keeps them in another way.
 
     Only training that does not depend on the tasks before is kept (`Method.independent`), and none where the
     encoder has no name.
@@ -32,8 +37,11 @@ class TrainedTasks:
         place = self._place(method, stage)
         if place is None or not _has_pool(place):
             return None
-        pool = load_pool(method.model.base_model, place)
+        pool, config = load_pool(method.model.base_model, place), method.model.slm_config
+        same = read_index(place)["format"] == FORMAT and pool.config.statistics_rank == config.statistics_rank
         for task in method.learnt_at(stage):
+            if pool.metric.has_statistics and not same:
+                _measure(pool, task, method)
             method.model.pool.take_task(pool, task.name)
         return json.loads((place / COST_NAME).read_text(encoding="utf8"))
 
@@ -55,6 +63,8 @@ class TrainedTasks:
         tasks, runner = method.learnt_at(stage), method.runner
         model = method.model
         config = model.slm_config.to_dict() | encoder
+        if not _depends_on_statistics(model.slm_config):
+            config["statistics_rank"] = ANY_RANK
         what = {
             "version": VERSION,
             "method": method.name,
@@ -69,6 +79,23 @@ class TrainedTasks:
         } | runner.uncommon_settings()
         digest = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
         return self.folder / f"{method.name}-{tasks[0].name if len(tasks) == 1 else len(tasks)}-{digest}"
+
+
+def _depends_on_statistics(config: SLMConfig) -> bool:
+    """Whether what a task learns does: not where averaged keys' entries are all mixed, in equal parts."""
+    alike = config.weighting == "task" and config.top_k >= config.entries_per_task
+    return config.metric == "whitened" and not (alike and config.key_method != "kmeans")
+
+
+def _measure(pool: KnowledgePool, task: Task, method: Method) -> None:
+    """Make the statistics of a pool's task as the method's model does."""
+    texts = [row.text for row in task.train]
+    query = method.model.router.queries(texts, progress=method.runner.progress).to(pool.keys)
+    losses = pool.metric.tasks[module_key(task.name)].losses
+    pool.metric.remove(task.name)
+    pool.metric.rank = method.model.pool.new_metric(query.shape[1]).rank
+    pool.metric.update(task.name, query)
+    pool.metric.tasks[module_key(task.name)].losses = losses
 
 
 def _content(task: Task) -> list:
