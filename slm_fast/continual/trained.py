@@ -4,15 +4,17 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
+
 from slm_fast.config import SLMConfig
 from slm_fast.continual.method import Method
 from slm_fast.continual.tasks import Task
+from slm_fast.linear_probe import TEXTS_A_LABEL
 from slm_fast.pool import KnowledgePool
-from slm_fast.storage import FORMAT, base_fingerprint, load_pool, read_index, save_pool
+from slm_fast.storage import base_fingerprint, load_pool, read_index, save_pool
 from slm_fast.task_statistics import module_key
 
 COST_NAME = "cost.json"
-VERSION = 2  # raised where the same settings learn something else, or keep other statistics, than before
 NO_MATTER = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps")
 NO_MATTER += ("save_steps", "save_total_limit")  # of the training arguments
 OF_RETRIEVAL = ("twin_share", "min_similarity", "coverage", "faiss_above")  # of the config
@@ -37,11 +39,9 @@ class TrainedTasks:
         place = self._place(method, stage)
         if place is None or not _has_pool(place):
             return None
-        pool, config = load_pool(method.model.base_model, place), method.model.slm_config
-        same = read_index(place)["format"] == FORMAT and pool.config.statistics_rank == config.statistics_rank
+        pool = load_pool(method.model.base_model, place)
         for task in method.learnt_at(stage):
-            if pool.metric.has_statistics and not same:
-                _measure(pool, task, method)
+            _keep_statistics(pool, task, method)
             method.model.pool.take_task(pool, task.name)
         return json.loads((place / COST_NAME).read_text(encoding="utf8"))
 
@@ -66,7 +66,6 @@ class TrainedTasks:
         if not _depends_on_statistics(model.slm_config):
             config["statistics_rank"] = ANY_RANK
         what = {
-            "version": VERSION,
             "method": method.name,
             "options": method.options,
             "tasks": [_content(task) for task in tasks],
@@ -77,6 +76,8 @@ class TrainedTasks:
             "seed": runner.seed,
             "max_length": runner.max_length,
         } | runner.uncommon_settings()
+        if config["head_init"] == "probe" and any(task.labels for task in tasks):
+            what["probe"] = TEXTS_A_LABEL
         digest = hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
         return self.folder / f"{method.name}-{tasks[0].name if len(tasks) == 1 else len(tasks)}-{digest}"
 
@@ -87,15 +88,20 @@ def _depends_on_statistics(config: SLMConfig) -> bool:
     return config.metric == "whitened" and not (alike and config.key_method != "kmeans")
 
 
-def _measure(pool: KnowledgePool, task: Task, method: Method) -> None:
-    """Make the statistics of a pool's task as the method's model does."""
+def _keep_statistics(pool: KnowledgePool, task: Task, method: Method) -> None:
+    """Make the statistics of a pool's task again where the method's model keeps them in another way."""
+    if not pool.metric.has_statistics:
+        return
+    old = pool.metric.tasks[module_key(task.name)]
+    rank = method.model.pool.new_metric(len(old.mean)).rank
+    if old.V.dtype is torch.int8 and len(old.V) == min(rank, max(int(old.count) - 1, 1)):
+        return
     texts = [row.text for row in task.train]
     query = method.model.router.queries(texts, progress=method.runner.progress).to(pool.keys)
-    losses = pool.metric.tasks[module_key(task.name)].losses
     pool.metric.remove(task.name)
-    pool.metric.rank = method.model.pool.new_metric(query.shape[1]).rank
+    pool.metric.rank = rank
     pool.metric.update(task.name, query)
-    pool.metric.tasks[module_key(task.name)].losses = losses
+    pool.metric.tasks[module_key(task.name)].losses = old.losses
 
 
 def _content(task: Task) -> list:
