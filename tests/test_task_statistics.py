@@ -105,8 +105,7 @@ def test_states_are_seen_in_the_queries():
 
 
 def test_bytes_of_a_task():
-    """A quarter, or less, of 512 directions in fp16 with a diagonal; as many directions for a query half as
-    wide take as much."""
+    """At most a quarter of those of 512 directions in fp16 with a diagonal."""
     kept = TaskStatistics.of(layered(250, states=7, units=384), Whitened(SLMConfig(), 2688).rank)
     assert kept.V.shape == (219, 2688) and kept.rest.shape == (384, 7, 7)
     assert sum(tensor.nbytes for tensor in kept.buffers()) < 0.25 * (
