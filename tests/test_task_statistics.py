@@ -82,7 +82,7 @@ def test_what_a_unit_is_in_the_states_is_kept_whatever_the_rank(rank):
     assert torch.linalg.eigvalsh(kept.rest).min() >= -1e-6
     assert torch.linalg.eigvalsh(kept.scatter().double()).min() >= -1e-4
     exact, got = ((S.view(4, 30, 4, 30).diagonal(0, 1, 3)) for S in (centred.T @ centred, kept.scatter()))
-    torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3)
+    assert (got - exact).abs().max() < 0.005 * exact.max()  # 8 bits
 
 
 def test_states_tell_more_than_a_diagonal():
