@@ -82,7 +82,7 @@ def test_what_a_unit_is_in_the_states_is_kept_whatever_the_rank(rank):
     assert torch.linalg.eigvalsh(kept.rest).min() >= -1e-6
     assert torch.linalg.eigvalsh(kept.scatter().double()).min() >= -1e-4
     exact, got = ((S.view(4, 30, 4, 30).diagonal(0, 1, 3)) for S in (centred.T @ centred, kept.scatter()))
-    torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-3)
+    assert (got - exact).abs().max() < 0.005 * exact.max()  # 8 bits
 
 
 def test_states_tell_more_than_a_diagonal():
@@ -105,8 +105,7 @@ def test_states_are_seen_in_the_queries():
 
 
 def test_bytes_of_a_task():
-    """A quarter, or less, of 512 directions in fp16 with a diagonal; as many directions for a query half as
-    wide take as much."""
+    """At most a quarter of those of 512 directions in fp16 with a diagonal."""
     kept = TaskStatistics.of(layered(250, states=7, units=384), Whitened(SLMConfig(), 2688).rank)
     assert kept.V.shape == (219, 2688) and kept.rest.shape == (384, 7, 7)
     assert sum(tensor.nbytes for tensor in kept.buffers()) < 0.25 * (
