@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 SLOT_BYTES = 4 + 4 + 4 + 1 + 8 + 8 + 8  # of a slot: start, rank, scaling, active, two versions, task
-DIRECTION_BYTES, QUANTILES = 590_000, 1001  # of a task's statistics; `task_statistics`
+DIRECTION_BYTES, QUANTILES = 1 << 20, 1001  # of a task's statistics; `task_statistics`
 CODE_BYTES = 12  # of a key beside its codes: scale and two norms
 GROUP, BLOCK = 16, 32  # queries that share a pass over the codes, keys of a block of them (csrc/cpu)
 LEARNT_BYTES = 4 * 4  # of a number that is learnt: fp32, its gradient, AdamW's two moments

@@ -50,7 +50,7 @@ class SLMConfig:
         shrinkage: whitened: multiple of the identity added to the within-task covariance, in units of its
             mean diagonal. None chooses it from the statistics alone.
         statistics_rank: whitened: directions in which a task's covariance is kept, D bytes each. None: as
-            many as 590,000 bytes hold (219 of 2,688 values). With them a task's statistics take D (8 + 4 s)
+            many as a mebibyte holds (390 of 2,688 values). With them a task's statistics take D (8 + 4 s)
             bytes, s the encoder's layers that make up a query, and 4 KB.
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.  key_learning_rate, key_epochs, key_batch_size: of its training, by AdamW. The authors' two

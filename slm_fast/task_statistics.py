@@ -9,7 +9,7 @@ DIRECTIONS = 32  # of the task's own Gaussian; more do not tell other inputs apa
 RIDGE = 0.1  # on its variances, in units of their mean
 UNIT_RIDGE = 0.1  # on the scatter between the states' values of a unit, in units of its mean diagonal
 LEVELS = 127  # of a direction's codes, on either side of 0
-DIRECTION_BYTES = 590_000  # of a task's directions, where their number is not told
+DIRECTION_BYTES = 1 << 20  # of a task's directions, where their number is not told
 FOLDS = 5
 NUM_QUANTILES = 1001
 
