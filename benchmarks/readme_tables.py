@@ -103,6 +103,8 @@ def five_tasks() -> str:
     ]
     rows = []
     for title, protocol, method in methods:
+        if protocol not in runs:
+            continue
         found = [run["methods"][method] for run in runs[protocol]]
         last = [
             dict(zip(r["tasks"], f["matrix"][-1], strict=True))
