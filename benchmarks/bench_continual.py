@@ -108,9 +108,7 @@ def targets(runs: dict[str, list[dict]]) -> list[dict]:
             {"what": what, "reached": reached, "target": f"{relation} {100 * wanted:.1f}", "holds": holds}
         )
 
-    joint = average(
-        runs.get("bert5_joint", []), "joint"
-    )  # whose heads learn more from zero than from a probe
+    joint = average(runs.get("bert5_joint", []), "joint")  # from zero, which was its better start
     batch = average(runs.get("bert5_batch", []), "batch")  # on the same weights
     for name in ("bert5", "bert5_shared"):
         if not (bert5 := runs.get(name)):

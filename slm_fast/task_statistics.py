@@ -159,7 +159,7 @@ class TaskStatistics(nn.Module):
         query = query.float().cpu()
         mean = query.double().mean(0)
         centred, states = query - mean.float(), num_states(query)
-        V = telling_directions(centred, min(rank, max(len(query) - 1, 1)), states)
+        V = telling_directions(centred, cls.num_directions(len(query), rank), states)
         distances = held_out_distances(query)
         made = cls(query.shape[1], len(V), states, NUM_QUANTILES if len(distances) else 0)
         made.count += len(query)
@@ -170,6 +170,15 @@ class TaskStatistics(nn.Module):
         if len(distances):
             made.quantiles = distances.quantile(torch.linspace(0, 1, NUM_QUANTILES))
         return made
+
+    @staticmethod
+    def num_directions(count: int, rank: int) -> int:
+        """Of that many queries, at most `rank`: they lie in count - 1 of them."""
+        return min(rank, max(count - 1, 1))
+
+    def is_kept_in(self, rank: int) -> bool:
+        """Whether these are what `of` keeps of the task's queries; of format 3 they are not."""
+        return self.V.dtype is torch.int8 and len(self.V) == self.num_directions(int(self.count), rank)
 
     @classmethod
     def like(cls, saved: dict[str, Tensor]) -> "TaskStatistics":

@@ -4,8 +4,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-
 from slm_fast.config import SLMConfig
 from slm_fast.continual.method import Method
 from slm_fast.continual.tasks import Task
@@ -94,7 +92,7 @@ def _keep_statistics(pool: KnowledgePool, task: Task, method: Method) -> None:
         return
     old = pool.metric.tasks[module_key(task.name)]
     rank = method.model.pool.new_metric(len(old.mean)).rank
-    if old.V.dtype is torch.int8 and len(old.V) == min(rank, max(int(old.count) - 1, 1)):
+    if old.is_kept_in(rank):
         return
     texts = [row.text for row in task.train]
     query = method.model.router.queries(texts, progress=method.runner.progress).to(pool.keys)
