@@ -25,7 +25,8 @@ from scaling_shapes import (
 SEARCH, ADD, UPDATE, MIXTURE = "key search", "adding a task", "mixture, decoding", "mixture, prefill"
 BACKWARD, DECODE, PREFILL = "mixture, forward and backward", "decoding step", "prefill"
 TRAINING = "training step"
-SERIAL_CODES, SERIAL_UPDATE = 1_000_000, 300_000  # multiply-adds below which one thread does it (csrc/cpu)
+# Multiply-adds: that are worth a thread, and below which one thread does it (csrc/cpu).
+SEARCH_THREAD, SERIAL_UPDATE = 150_000, 300_000
 CONTEXT = 16 + 4  # tokens before a decoder's timed steps: the prompt and what is not timed (bench_decode.py)
 
 
@@ -141,8 +142,8 @@ def search_features(keys: int, dim: int, queries: int, speed: Speed) -> tuple:
 
     The keys are split over the threads, or, if there are enough of them, groups of 16 queries, each of which
     reads all codes; small searches are one thread's."""
-    alone = queries * keys * dim < SERIAL_CODES
-    threads, groups = 1 if alone else speed.threads, math.ceil(queries / GROUP)
+    threads = max(1, min(speed.threads, queries * keys * dim // SEARCH_THREAD))
+    alone, groups = threads == 1, math.ceil(queries / GROUP)
     slices = 1 if groups >= threads else threads
     share = math.ceil(groups * slices / threads) / (groups * slices)  # of all, a thread's
     coded = BLOCK * math.ceil(keys / BLOCK) * dim

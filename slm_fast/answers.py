@@ -39,15 +39,12 @@ def answer_all(
 ) -> None:
     """Fill in the answers, in batches of similar lengths; row n of the routing belongs to result n."""
     tokenizer = model.require_tokenizer()
-    order = sorted(range(len(results)), key=lambda row: -len(results[row].text))
+    order = _longest_first([result.text for result in results])
     headed = [r for r in order if (t := results[r].task) and model.pool.task(t).labels is not None]
     chosen = set(headed)
     free = [r for r in order if r not in chosen] if model.can_generate else []
-    groups = [
-        (kind, rows[lo : lo + batch_size])
-        for kind, rows in (("label", headed), ("text", free))
-        for lo in range(0, len(rows), batch_size)
-    ]
+    groups = [("label", rows) for rows in _batches(headed, batch_size)]
+    groups += [("text", rows) for rows in _batches(free, batch_size)]
     with evaluating(model):
         for kind, rows in tqdm(groups, desc="answering", disable=not progress or len(groups) < 2):
             part = [results[row] for row in rows]
@@ -80,12 +77,12 @@ def answer_in_prefill(
     generates = model.can_generate and all(pool.task(name).labels is None for name in tasks)
     results: list[Prediction | None] = [None] * len(texts)
     left: list[tuple[int, Routing]] = []
-    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-    parts = [order[lo : lo + batch_size] for lo in range(0, len(order), batch_size)]
+    parts = _batches(_longest_first(texts), batch_size)
     with evaluating(model):
         for rows in tqdm(parts, desc="answering", disable=not progress or len(parts) < 2):
             part = [texts[row] for row in rows]
-            inputs = encode_texts(model.base_model, tokenizer, part, max_length).to(model.device)
+            inputs = encode_texts(model.base_model, tokenizer, part, max_length, in_prefill=True)
+            inputs = inputs.to(model.device)
             shape = dict(num_tokens=inputs["input_ids"].shape[1], attention_mask=inputs["attention_mask"])
             with model.prefill_scope(task=task, **shape) as scope:
                 if generates:
@@ -108,6 +105,14 @@ def answer_in_prefill(
     return results
 
 
+def _longest_first(texts: list[str]) -> list[int]:
+    return sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+
+
+def _batches(rows: list[int], batch_size: int) -> list[list[int]]:
+    return [rows[lo : lo + batch_size] for lo in range(0, len(rows), batch_size)]
+
+
 @contextmanager
 def evaluating(model) -> Iterator[None]:
     """Inside, the model is in eval mode."""
@@ -121,10 +126,8 @@ def evaluating(model) -> Iterator[None]:
 
 def text_features(model, tokenizer, texts: list[str], max_length: int) -> Tensor:
     """What heads read of texts under the current routing: [B, H] fp32."""
-    if model.slm_config.route_in_prefill:
-        encoded = encode_texts(model.base_model, tokenizer, texts, max_length)
-    else:
-        encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    in_prefill = model.slm_config.route_in_prefill
+    encoded = encode_texts(model.base_model, tokenizer, texts, max_length, in_prefill)
     return model.features(**encoded.to(model.device))
 
 

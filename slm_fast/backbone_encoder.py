@@ -104,7 +104,7 @@ class BackboneEncoder(Encoder):
     def _tokenized(self, texts: list[str]) -> dict[str, Tensor]:
         if not self.in_prefill:
             return super()._tokenized(texts)
-        return encode_texts(self.model, self.tokenizer, texts, self.max_length)
+        return encode_texts(self.model, self.tokenizer, texts, self.max_length, in_prefill=True)
 
     def pooled(self, states: list[Tensor], attention_mask: Tensor) -> Tensor:
         states = [F.normalize(state.float(), dim=-1) for state in states]

@@ -79,11 +79,11 @@ def encode_prompts(tokenizer, prompts: list[str], max_length: int, seq2seq: bool
         tokenizer.padding_side = side
 
 
-def encode_texts(base, tokenizer, texts: list[str], max_length: int) -> dict[str, Tensor]:
-    """Padded texts as a base gets them where one pass both routes and answers (`route_in_prefill`), before it
-    is known whether a head reads them: as prompts, see `encode_prompts`, where the base generates text, and
-    else as they are."""
-    if getattr(base, "can_generate", bool)():
+def encode_texts(base, tokenizer, texts: list[str], max_length: int, in_prefill: bool) -> dict[str, Tensor]:
+    """Padded texts for a base whose features heads read: as they are, or, where the base generates text and
+    one pass both routes and answers (`route_in_prefill`), as prompts (`encode_prompts`), since nobody knows
+    before it whether a head will read them."""
+    if in_prefill and getattr(base, "can_generate", bool)():
         return encode_prompts(tokenizer, texts, max_length, bool(base.config.is_encoder_decoder))
     return tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
 

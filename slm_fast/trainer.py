@@ -403,11 +403,9 @@ def encode_dataset(
             target = labels[target]
         if target not in labels:
             raise ValueError(f"row {number}: {target!r} is not a label of task {task!r}: {', '.join(labels)}")
-        if model.slm_config.route_in_prefill:
-            ids = encode_texts(model.base_model, tokenizer, [text], max_length)["input_ids"][0].tolist()
-        else:
-            ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-        rows.append({"input_ids": ids, "labels": labels.index(target)})
+        in_prefill = model.slm_config.route_in_prefill
+        encoded = encode_texts(model.base_model, tokenizer, [text], max_length, in_prefill)
+        rows.append({"input_ids": encoded["input_ids"][0].tolist(), "labels": labels.index(target)})
     if not rows:
         raise ValueError("the dataset is empty")
     if routing is None:

@@ -46,7 +46,10 @@ def model_of(family: str, labels=None, chat=None, side="right", **config) -> SLM
 
 def padded(model: SLMModel, texts: list[str], side: str) -> dict[str, torch.Tensor]:
     words = model.tokenizer
-    rows = [encode_texts(model.base_model, words, [text], 64)["input_ids"][0].tolist() for text in texts]
+    rows = [
+        encode_texts(model.base_model, words, [text], 64, in_prefill=True)["input_ids"][0].tolist()
+        for text in texts
+    ]
     words.padding_side, before = side, words.padding_side
     inputs = dict(words.pad({"input_ids": rows}, return_tensors="pt"))
     words.padding_side = before

@@ -1,0 +1,314 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_a_search_is_judged_by_exact_scores():
+    from suite import search
+
+    keys = search.make_keys(200, 16, "cpu")
+    query = search.make_queries(keys, 3)
+    checked = search.Checked(query, keys)
+    right = (query.double() @ keys.double().T).topk(search.TOP_K).indices
+    assert checked.exact(right) is None and checked.recall(right) == 1.0
+    worse = right.clone()
+    worse[1, 2] = (query[1] @ keys.T).argmin()
+    assert checked.exact(worse) == "wrong top 4 for 1 queries" and checked.recall(worse) == pytest.approx(
+        11 / 12
+    )
+    twice = right.clone()
+    twice[0] = right[0, :1]
+    assert checked.exact(twice) is not None
+    missing = right.clone()
+    missing[2, 3] = -1  # as FAISS says that it found too few
+    assert checked.recall(missing) < 1.0
+
+
+@pytest.mark.parametrize("peers", [(), ("faiss flat", "faiss hnsw", "faiss ivf")], ids=["alone", "faiss"])
+def test_search_cases_are_right(peers):
+    from suite import search
+
+    if peers:
+        pytest.importorskip("faiss")
+    for cold in (False, True):
+        case = search.Problem(300, 384, "cpu", cold=cold, peers=peers).case(5)
+        names = [contender.name for contender in case.contenders]
+        assert names == ["slm_fast", "slm_fast, no codes", "torch", *peers]
+        assert (case.copies > 1) == cold and case.warm is True and case.skipped == {}
+        for contender in case.contenders:
+            found = contender.run(case.copies - 1)
+            assert contender.check is None or contender.check(found) is None
+
+
+def test_mixture_cases_are_right():
+    from suite import mixture
+
+    kinds = set()
+    for case in mixture.cases(True, "cpu"):
+        kinds.add(case.axes["kind"])
+        assert not case.skipped
+        for contender in case.contenders:
+            assert contender.check(contender.run(0)) is None, (case.name, contender.name)
+    assert kinds == {"update", "flat", "layer", "step", "layer step"}
+    names = [contender.name for contender in case.contenders]
+    assert names == ["frozen", "slm_fast", "torch", "dense", "peft"]
+    for contender in case.contenders[1:]:
+        right = contender.run(0)
+        for wrong in range(4):  # y, dx, dA, dB of a step
+            broken = [t * 1.001 if i == wrong else t for i, t in enumerate(right)]
+            assert "wrong result" in contender.check(broken), contender.name
+
+
+def test_full_mode_has_prefill_of_popular_entries_and_layers_of_many_tokens(monkeypatch):
+    from suite import mixture
+
+    built = []
+    for name in ("update_case", "layer_case", "step_case", "layer_step_case", "flat_case"):
+        monkeypatch.setattr(mixture, name, lambda *args, name=name: built.append((name, *args)))
+    list(mixture.cases(False, "cpu"))
+    prefill = {args[4:7:2] for args in built if args[0] == "update_case" and args[2] == 128 and args[1] == 8}
+    assert prefill == {(8, "distinct"), (8, "zipf"), (8, "identical"), (64, "distinct")}
+    assert {args[3] for args in built if args[0] == "layer_case"} == {1, 128}
+    assert len({args for args in built if args[0] == "update_case"}) == sum(
+        a[0] == "update_case" for a in built
+    )
+    monkeypatch.undo()
+    for case in (mixture.layer_case(3, "cpu", 16), mixture.update_case(2, 8, 16, 64, 2, "identical", "cpu")):
+        for contender in case.contenders:
+            assert contender.check(contender.run(0)) is None, (case.name, contender.name)
+
+
+@pytest.mark.parametrize(("popularity", "distinct"), [("distinct", 16), ("identical", 2), ("zipf", None)])
+def test_copies_touch_more_than_the_caches_and_nothing_twice(popularity, distinct):
+    from suite import machine, mixture
+
+    case = mixture.update_case(8, 1, 32, 8, 2, popularity, "cpu")
+    assert distinct is None or case.axes["distinct"] == distinct
+    touched = 2 * case.axes["distinct"] * 8 * mixture.FEATURES * 4
+    assert case.copies * touched >= 2 * machine.cache_bytes("cpu")
+    assert case.axes["entries"] % case.copies == 0
+    for contender in case.contenders[:2]:
+        first, last = contender.run(0).clone(), contender.run(case.copies - 1)
+        assert contender.check(first) is None and contender.check(last) is not None  # other entries
+
+
+@pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf", "identical"])
+def test_popularity(popularity):
+    from suite import mixture
+
+    pool = mixture.Pool(64, 2, 8, "cpu")
+    indices, weights = pool.pick(32, 2, popularity)
+    assert indices.shape == weights.shape == (32, 2) and torch.allclose(weights.sum(1), torch.ones(32))
+    assert all(len(set(row)) == 2 for row in indices.tolist())
+    distinct = indices.unique().numel()
+    assert distinct == {"distinct": 64, "identical": 2}.get(popularity, distinct)
+    if popularity == "zipf":
+        assert distinct < pool.pick(32, 2, "uniform")[0].unique().numel()
+    spread = pool.pick(8, 2, "distinct", among=4)[0]
+    assert sorted(spread.unique().tolist()) == [0, 16, 32, 48]
+
+
+def test_serving_says_why_cuda_has_none():
+    from suite import serve
+    from suite.cases import QUICK
+
+    assert serve.unavailable("cpu") is None and "CPU" in serve.unavailable("cuda")
+    assert list(serve.records(True, "cuda", QUICK)) == []
+
+
+def test_the_small_cases_run_under_pytest():
+    pytest.importorskip("pytest_benchmark")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    done = subprocess.run([*command, "--benchmark-disable"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " passed" in done.stdout
+
+
+SMALL = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=500
+)
+
+
+def test_cases_of_a_model_on_a_gpu_are_right(monkeypatch):
+    """On the CPU, without graphs; each verifies its contenders before it is returned."""
+    from suite import gpu_model
+    from suite.cases import Effort, measure
+
+    base, effort = gpu_model.make_base("cpu", **SMALL), Effort(2, 2, 0.0)
+    decode, prefill = gpu_model.decode_case(base, 3, graph=False), gpu_model.prefill_case(base, 3, 20)
+    names = {"frozen", "off", "on", "peft", "dense"}
+    assert set(measure(prefill, effort)["contenders"]) == names
+    found = measure(decode, effort)["contenders"]
+    assert set(found) == names | {"frozen eager", "on eager"} and all("seconds" in f for f in found.values())
+    step = {c.name: c.run for c in decode.contenders}["on"]
+    assert torch.equal(step(0), step(0))  # at the same place, not one token further
+    found = measure(gpu_model.step_case("cpu", 4, 32, **SMALL), effort)["contenders"]
+    assert set(found) == {"frozen", "engine", "peft", "dense"}
+    real = gpu_model.common.forwards
+
+    def others(base, model, targets, routing, wrong):
+        return real(base, model, targets, routing, wrong) | {
+            "on": gpu_model.common.engine_forward(model, routing.rows([1, 2, 0]))
+        }
+
+    monkeypatch.setattr(gpu_model.common, "forwards", others)
+    case = gpu_model.decode_case(base, 3, graph=False)
+    with pytest.raises(RuntimeError, match="wrong logits.*nothing is timed"):
+        measure(case, effort)
+
+
+@pytest.mark.parametrize("how", ["wrong", "raises", "cannot be built"])
+@pytest.mark.parametrize("peer", ["peft", "dense"])
+def test_a_peer_that_fails_in_a_model_has_its_words(monkeypatch, peer, how):
+    from suite import gpu_model
+    from suite.cases import Effort, measure
+
+    real = gpu_model.common.forwards
+
+    def others(base, model, targets, routing, wrong):
+        found = real(base, model, targets, routing, wrong)
+        good = found.pop(peer)
+
+        def broken(**inputs):
+            if how == "raises":
+                raise ValueError("no such kernel")
+            out = good(**inputs)
+            out.logits = -out.logits
+            return out
+
+        if how == "cannot be built":
+            with gpu_model.common.excused(peer, wrong):
+                raise ValueError("no such adapter")
+        else:
+            found[peer] = broken
+        return found
+
+    monkeypatch.setattr(gpu_model.common, "forwards", others)
+    base = gpu_model.make_base("cpu", **SMALL)
+    for case in (gpu_model.decode_case(base, 3, graph=False), gpu_model.prefill_case(base, 3, 20)):
+        found = measure(case, Effort(2, 2, 0.0))["contenders"]
+        words = {"wrong": "wrong logits", "raises": "no such kernel", "cannot be built": "no such adapter"}
+        assert words[how] in found[peer]["error"] and "seconds" not in found[peer]
+        assert all("seconds" in numbers for name, numbers in found.items() if name != peer)
+
+
+def test_logits_are_judged_without_a_broken_peer():
+    import contenders
+
+    mixed, frozen = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    good = {"frozen": frozen, "off": frozen, "on": mixed, "peft": mixed, "dense": mixed[:1]}
+    contenders.verify(good, mixed, frozen)
+    for name in ("on", "peft", "off", "dense"):
+        with pytest.raises(SystemExit, match="nothing is timed"):
+            contenders.verify(good | {name: -good[name]}, mixed, frozen)
+    wrong = {}
+    contenders.verify(good | {"peft": -mixed, "on": -mixed}, mixed, frozen, wrong)
+    assert set(wrong) == {"peft", "on"}  # a peer that is wrong excuses nobody
+    with pytest.raises(ValueError):
+        contenders.answers({"peft": lambda: [].index(1)})
+    with pytest.raises(SystemExit, match="frozen model"):
+        contenders.verify({"on": mixed}, mixed, frozen, {})
+
+
+def test_a_wrong_training_step_of_a_peer_has_its_words(monkeypatch):
+    import bench_training
+    from suite import gpu_model
+
+    def halved(layer, x, A, B, picks, weights, real=bench_training.dense_mixture):
+        return real(layer, x, A, B, picks, 0.5 * weights)
+
+    monkeypatch.setattr(bench_training, "dense_mixture", halved)
+    case = gpu_model.step_case("cpu", 4, 32, **SMALL)
+    checks = {contender.name: contender.check for contender in case.contenders}
+    assert "wrong losses or gradients" in checks["dense"](None)
+    assert checks["engine"] is None and checks["peft"] is None
+
+
+def test_the_first_token_begins_with_texts(minilm):
+    """A small model whose tokenizer is a list of words."""
+    from conftest import word_tokenizer
+    from suite import first_token, gpu_model
+    from suite.cases import Effort, measure
+
+    words = ["[PAD]", "[EOS]", "[UNK]", *sorted(set(first_token.VOCABULARY))]
+    tokenizer = word_tokenizer(words, padding_side="left")
+    base = gpu_model.make_base("cpu", **SMALL).float()
+    model = first_token.make_model(base, 16)
+    case, paths = first_token.case(base, model, tokenizer, 3)
+    record = measure(case, Effort(2, 2, 0.0))
+    assert set(record["contenders"]) == {"frozen", "on"}
+    taken = paths["on"].seconds
+    assert {len(seconds) for seconds in taken.values()} == {len(taken["prefill"])} and len(taken) == 4
+    assert set(paths["frozen"].seconds) == {"tokenizer", "prefill"}
+    numbers = paths["on"].numbers()
+    assert numbers["encoder_seconds"] > 1e-3  # it encodes at every call
+    assert sum(numbers.values()) == pytest.approx(record["contenders"]["on"]["seconds"], rel=0.5)
+    checks = {contender.name: contender.check for contender in case.contenders}
+    frozen, mixed = paths["frozen"](), paths["on"]()
+    assert checks["frozen"](frozen) is None and checks["on"](mixed) is None
+    assert "wrong logits" in checks["on"](frozen) and "wrong logits" in checks["on"](mixed[[1, 2, 0]])
+
+
+def test_the_first_token_routed_in_the_prefill():
+    from conftest import word_tokenizer
+    from suite import first_token, gpu_model
+    from suite.cases import Effort, measure
+
+    words = ["[PAD]", "[EOS]", "[UNK]", *sorted(set(first_token.VOCABULARY))]
+    tokenizer = word_tokenizer(words, padding_side="left")
+    base = gpu_model.make_base("cpu", **SMALL | dict(num_hidden_layers=6)).float()
+    model = first_token.make_model(base, 16, tokenizer)
+    case, paths = first_token.case(base, model, tokenizer, 3)
+    assert case.name.endswith("routed in the prefill")
+    found = measure(case, Effort(2, 2, 0.0))["contenders"]
+    assert set(found) == {"frozen", "on", "in the prefill"} and all("seconds" in c for c in found.values())
+    assert set(paths["in the prefill"].seconds) == {"tokenizer", "prefill"}
+    check = case.contenders[2].check
+    assert check(paths["in the prefill"]()) is None and "wrong logits" in check(paths["frozen"]())
+    model(**tokenizer(["the river was"], return_tensors="pt"))
+    assert "other entries" in check(paths["on"]())
+
+
+def test_a_mixture_as_one_adapter_a_row():
+    from suite import mixture, peers
+
+    pool = mixture.Pool(16, 4, 576, "cpu")
+    indices, weights = pool.pick(5, 3, "uniform")
+    x, y = mixture.normal(2, 5, 576, device="cpu")
+    A, B = peers.folded(pool, indices, weights)
+    assert A.shape == (5, 12, 576) and B.shape == (5, 576, 12)
+    got = y + torch.bmm(B, torch.bmm(A, x[:, :, None])).squeeze(2)
+    torch.testing.assert_close(got, mixture.exact_update(pool, x, y, indices, weights), atol=1e-4, rtol=1e-4)
+
+
+def test_a_peer_that_cannot_be_built_is_named(monkeypatch):
+    from suite import peers
+
+    def changed(*_):
+        raise TypeError("meta_args() missing an argument")
+
+    monkeypatch.setattr(
+        peers, "UPDATES", {"json": lambda *_: "update", "csv": changed, "no_such_peer": changed}
+    )
+    found = list(peers.installed_updates())
+    assert found == [("json", "update", ""), ("csv", None, "TypeError: meta_args() missing an argument")]
