@@ -40,12 +40,13 @@ def run_audit(tmp_path, *arguments):
     return run.returncode, json.loads(result.read_text())
 
 
+# One architecture: each takes minutes, and `make audit` compiles for all.
 @pytest.mark.slow
-def test_every_kernel_of_the_tables_passes(audit, tmp_path):
-    status, result = run_audit(tmp_path)
+def test_every_kernel_of_a_table_passes(audit, tmp_path):
+    status, result = run_audit(tmp_path, "--arch", "90")
     assert result["failures"] == []
     assert set(result["kernels"]) == audit.kernels_of_package()
-    assert {m["arch"] for m in result["measured"]} == {80, 90, 100}
+    assert {m["arch"] for m in result["measured"]} == {90}
     assert status == 0
 
 
