@@ -21,6 +21,7 @@ GB = 1e9
 LINK = 64e9  # bytes/s between host and card, PCIe 5 x16 by its standard
 SIZES = (100, 1000, 10_000, 100_000, 1_000_000)
 HOST = 0.9e12  # bytes of a host of 1 TB that are used
+PER_TASK = 4  # entries
 CARD_ENTRIES = 12  # of the pools in suite/gpu_model.py
 CACHED = 8 * 2048  # tokens: 8 rows of 2,048
 
@@ -51,12 +52,16 @@ def fit_section() -> list[str]:
     for key, memory, where in (
         ("smol", 24e9 - 2 * smol.numbers, "one host of 24 GB, the base beside"),
         ("llama7b", 80e9 - 2 * llama.numbers - cache, f"one card of 80 GB, {beside}"),
-        ("llama7b", 1e12, "one host of 1 TB, entries in use in slots of its card"),
-        ("llama7b", 16e12, "16 such hosts"),
-        ("llama70b", 16e12, "16 such hosts"),
     ):
-        count = tasks_that_fit(SHAPES[key], memory, Pool(4))
-        rows.append([SHAPES[key].name, where, f"{count:,}", f"{4 * count:,}"])
+        count = tasks_that_fit(SHAPES[key], memory, Pool(PER_TASK))
+        rows.append([SHAPES[key].name, where, f"{count:,}", f"{PER_TASK * count:,}"])
+    for key, hosts, where in (
+        ("llama7b", 1, "one host of 1 TB (0.9 used), entries in use in slots of its card"),
+        ("llama7b", 16, "16 such hosts"),
+        ("llama70b", 16, "16 such hosts"),
+    ):
+        count = hosts * entries_of_a_host(key)
+        rows.append([SHAPES[key].name, where, f"{count // PER_TASK:,}", f"{count:,}"])
     words = "Tasks of 4 entries, with factors, keys, statistics and what doubling leaves free: powers of two."
     return ["## How many tasks fit", "", words, "", *table(["base", "memory", "tasks", "entries"], rows)]
 
@@ -84,9 +89,14 @@ Times are predictions for {machine.name}; beyond the measured sizes they are ext
     return [*text.splitlines(), "", *table(header, rows)]
 
 
+def entries_of_a_host(key: str) -> int:
+    """The most that fit one host of a fleet, whose slabs and slots double by themselves."""
+    return PER_TASK * tasks_that_fit(SHAPES[key], HOST, Pool(PER_TASK))
+
+
 def fleet(entries: int, key: str = "llama7b") -> int:
     """Hosts that hold so many entries."""
-    return max(1, math.ceil(Pool(entries).memory(SHAPES[key]) / HOST))
+    return math.ceil(entries / entries_of_a_host(key))
 
 
 def batch_section() -> list[str]:
@@ -122,7 +132,8 @@ def fleet_section() -> list[str]:
 
 Tasks are split over hosts, a task's entries stay together: a row is answered where its task is. Keys are
 split with them; a query goes to every host and the best of their answers is taken. Hosts of 1 TB (0.9 used)
-with one H100; the search is its floor at the datasheet's bandwidth, bf16 keys; nothing here was measured.
+with one H100; each holds the entries that fit it with what doubling leaves free. The search is its floor at
+the datasheet's bandwidth, bf16 keys; nothing here was measured.
 """
     header = ["entries", "hosts for LLaMA-2-7B", "keys in all", "floor of a search on its host's card"]
     return [*text.splitlines(), "", *table(header, rows)]

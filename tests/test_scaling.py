@@ -157,6 +157,17 @@ def test_what_fits_grows_with_memory_and_shrinks_with_the_model():
     assert scaling.tasks_that_fit(large, 1e6, pool) == 0
 
 
+def test_every_host_of_a_fleet_holds_its_share():
+    import scaling_page
+    from scaling_shapes import SHAPES, Pool
+
+    for key in ("smol", "llama7b", "llama70b"):
+        for entries in scaling_page.SIZES:
+            hosts = scaling_page.fleet(entries, key)
+            assert Pool(-(-entries // hosts)).memory(SHAPES[key]) <= scaling_page.HOST
+    assert scaling_page.fleet(16_384) == 1 and scaling_page.fleet(1_000_000) == 62
+
+
 @pytest.mark.parametrize("size,words", [(512, "512 B"), (40e6, "40 MB"), (1.5e12, "1.5 TB")])
 def test_amounts(size, words):
     import units
