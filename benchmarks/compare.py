@@ -2,19 +2,22 @@
 
     python -m benchmarks compare BEFORE.json AFTER.json [--least 3]
 
-Times are compared as ratios to the frozen model, or PyTorch, in the same run, so that a faster or busier
-machine does not count; where a record of the suite has no such contender, to a product of as many operations
-at the pace that was measured beside it. Serving counts by the time until the first token (95%) too, pools of
-several sizes by what the larger ones cost over the smallest. Memory is compared as it is, routing and
-accuracy by the share that they miss.
+Every contender that is ours is compared, peers are not. Times are compared as ratios to the frozen model, or
+PyTorch, in the same run (eager calls to the eager one), so that a faster or busier machine does not count;
+where a record of the suite has no such contender, to a product of as many operations at the pace that was
+measured beside it. Serving counts by the time until the first token (95%) too, pools of several sizes also by
+what the larger ones cost over the smallest. Memory is compared as it is, routing and accuracy by the share
+that they miss.
 
 A case is worse when that grew by more than the noise that the two runs measured (half the distance of the
 quantiles, in other results those of ours and the reference together), and by at least `--least` percent. A
-case that is gone although its section, or its group (GPU ops) or model with its settings (other benchmarks),
-was run again counts as a failure; it is only named where that was not run, or the suite ran in another mode
-or on another device. The exit status is 1 if anything is worse, or a section of the suite failed that did not
-before; 2 if there is nothing to compare or the files have unlike schemas. Results of `bench_routing.py`,
-`bench_layers.py` and `bench_continual.py` hold no costs.
+case, or a contender of ours, that is gone although its section, or its group (GPU ops) or model with its
+settings (other benchmarks), was run again counts as a failure; it is only named where that was not run, or
+the section ran in another mode or on another device. Results of `bench_routing.py`, `bench_layers.py` and
+`bench_continual.py` hold no costs.
+
+Exit status: 0 nothing is worse; 1 something is, or a section of the suite failed that did not before; 2 "no
+case in common"; 3 a file cannot be read, or the files have unlike schemas.
 """
 
 import argparse
@@ -24,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+OURS = ("slm_fast", "on", "off", "in the prefill", "engine")  # of the suite; before a comma or EAGER
+EAGER = " eager"  # ends the names of what is no graph on a GPU
 REFERENCES = ("frozen", "transformers", "torch", "faiss flat", "autograd")
 PEERS = (
     *REFERENCES,
@@ -45,7 +50,8 @@ SMALL = 4e6  # bytes of resident memory, below which a call's peak says nothing;
 
 class Cost(NamedTuple):
     """Of a contender: a ratio to the reference, or bytes; infinite where it failed. group: what it is part
-    of; record: the suite's case without what is measured."""
+    of; record: the suite's case, and where it is not the first of ours its contender, without what is
+    measured."""
 
     value: float
     noise: float
@@ -122,7 +128,8 @@ def key_of(record: dict) -> str:
 
 def references_of(record: dict) -> list[str]:
     """The contenders that ours can be held against in a record of the suite."""
-    return [name for name in REFERENCES if "ratio" in record["contenders"].get(name, {})]
+    names = (*REFERENCES, f"frozen{EAGER}")
+    return [name for name in names if "ratio" in record["contenders"].get(name, {})]
 
 
 def references(result: dict | None) -> dict[str, list[str]]:
@@ -130,38 +137,49 @@ def references(result: dict | None) -> dict[str, list[str]]:
     return {key_of(record): references_of(record) for record in (result or {}).get("results", [])}
 
 
-def inverse(found: dict) -> Cost:
-    """Ours over a contender, whose ratio is the other way round."""
-    low, ratio, high = (found[f"ratio{end}"] for end in ("_low", "", "_high"))
-    return Cost(1 / ratio, (high - low) / 2 / ratio)
+def ours_of(record: dict) -> list[str]:
+    """The contenders of a suite's record that are ours, `ours` first; the pools of a "flat" case all are."""
+    ours, flat = record["ours"], record["axes"].get("kind") == "flat"
+    found = [n for n in record["contenders"] if flat or n.removesuffix(EAGER).split(",")[0] in OURS]
+    return [ours] * (ours in record["contenders"]) + [name for name in found if name != ours]
 
 
-def times(record: dict, shared: list[str]) -> Iterator[tuple[str, Cost]]:
-    """(what, cost) of a record of the suite; shared: references that both files have."""
-    contenders, ours = record["contenders"], record["contenders"][record["ours"]]
-    if record["axes"].get("kind") == "flat":
-        for name, found in contenders.items():
-            if name != record["ours"]:
-                yield f"time of {name} over {record['ours']}", over(found)
-        return
-    if shared:
-        yield f"time over {shared[0]}", inverse(contenders[shared[0]])
-        peer = contenders[shared[0]]
-        if {"first_token_95"} <= ours.keys() & peer.keys():
-            noise = tail_noise(ours) + tail_noise(peer)
-            ratio = ours["first_token_95"] / peer["first_token_95"]
-            yield f"first token, 95%, over {shared[0]}", Cost(ratio, noise)
-    elif "seconds" in ours and "pace" in record and record.get("operations"):
-        rate = record["pace"]["float32_operations_per_second"]
-        noise = (ours["high"] - ours["low"]) / 2 / ours["seconds"]
-        yield "time over a product's", Cost(ours["seconds"] * rate / record["operations"], noise)
+def record_of(record: dict, name: str) -> str:
+    """As `Cost.record`."""
+    return key_of(record) + ("" if name == record["ours"] else f", {name}")
 
 
-def over(found: dict) -> Cost:
-    """A contender over ours."""
-    if "error" in found:
-        return Cost(float("inf"), 0.0)
-    return Cost(found["ratio"], (found["ratio_high"] - found["ratio_low"]) / 2 / found["ratio"])
+def spread(found: dict) -> float:
+    """Of a contender's ratio to ours: half the distance of its quantiles over it."""
+    return (found["ratio_high"] - found["ratio_low"]) / 2 / found["ratio"]
+
+
+def times(record: dict, name: str, shared: list[str]) -> Iterator[tuple[str, Cost]]:
+    """(what, cost) of a contender of a suite's record; shared: references that both files have."""
+    contenders, found, first = record["contenders"], record["contenders"][name], name == record["ours"]
+    which, failed = "time" if first else f"time of {name}", "error" in found
+    if not first and record["axes"].get("kind") == "flat":
+        cost = Cost(float("inf"), 0.0) if failed else Cost(found["ratio"], spread(found))
+        yield f"{which} over {record['ours']}", cost
+    elif shared:
+        eager = name.endswith(EAGER)
+        reference = next((peer for peer in shared if peer.endswith(EAGER) == eager), shared[0])
+        what, peer = f"{which} over {reference}", contenders[reference]
+        if failed:
+            yield what, Cost(float("inf"), 0.0)
+        elif "ratio" in found:
+            yield what, Cost(found["ratio"] / peer["ratio"], spread(found) + spread(peer))
+        if "first_token_95" in found and "first_token_95" in peer:
+            what = f"first token, 95%, {'' if first else f'of {name}, '}over {reference}"
+            noise = tail_noise(found) + tail_noise(peer)
+            yield what, Cost(found["first_token_95"] / peer["first_token_95"], noise)
+    elif "pace" in record and record.get("operations"):
+        if failed:
+            yield f"{which} over a product's", Cost(float("inf"), 0.0)
+        elif "seconds" in found:
+            rate = record["pace"]["float32_operations_per_second"]
+            noise = (found["high"] - found["low"]) / 2 / found["seconds"]
+            yield f"{which} over a product's", Cost(found["seconds"] * rate / record["operations"], noise)
 
 
 def tail_noise(found: dict) -> float:
@@ -170,25 +188,31 @@ def tail_noise(found: dict) -> float:
     return (found["first_token_95_high"] - found["first_token_95_low"]) / 2 / found["first_token_95"]
 
 
+def other_costs(record: dict, name: str) -> Iterator[tuple[str, Cost]]:
+    """Bytes in memory, and scores by what they lose."""
+    found, of = record["contenders"][name], "" if name == record["ours"] else f" of {name}"
+    if found.get("memory_bytes"):
+        yield f"memory{of}", Cost(found["memory_bytes"], NOISE)
+    if found.get("peak_bytes") is not None:
+        least = SMALL if record["clock"] == "wall" else 1.0
+        size = max(found["peak_bytes"], least)
+        yield f"peak memory{of}", Cost(size, NOISE + (SMALL / size / 2 if least == SMALL else 0.0))
+    for share in ("average", "routing"):
+        if found.get(share) is not None:
+            yield f"share missed, {share}{of}", Cost(1 - found[share], NOISE)
+
+
 def of_suite(result: dict | None, other: dict | None) -> dict[str, Cost]:
-    """Of the suite: ours over a peer of the same run, bytes in memory, and scores by what they lose. other:
-    the result it is compared with."""
+    """Costs of the suite's contenders that are ours. other: the result it is compared with."""
     found, known = {}, references(other)
     for record in (result or {}).get("results", []):
-        key, ours = key_of(record), record["contenders"][record["ours"]]
-        mine = references_of(record)
-        measured = dict(times(record, [name for name in mine if name in known.get(key, mine)]))
-        if ours.get("memory_bytes"):
-            measured["memory"] = Cost(ours["memory_bytes"], NOISE)
-        if ours.get("peak_bytes") is not None:
-            least = SMALL if record["clock"] == "wall" else 1.0
-            size = max(ours["peak_bytes"], least)
-            measured["peak memory"] = Cost(size, NOISE + (SMALL / size / 2 if least == SMALL else 0.0))
-        for share in ("average", "routing"):
-            if ours.get(share) is not None:
-                measured[f"share missed, {share}"] = Cost(1 - ours[share], NOISE)
-        group = record["section"]
-        found |= {f"{key}: {what}": cost._replace(group=group, record=key) for what, cost in measured.items()}
+        key, mine = key_of(record), references_of(record)
+        shared = [name for name in mine if name in known.get(key, mine)]
+        for name in ours_of(record):
+            for what, cost in (*times(record, name, shared), *other_costs(record, name)):
+                found[f"{key}: {what}"] = cost._replace(
+                    group=record["section"], record=record_of(record, name)
+                )
     return found
 
 
@@ -198,17 +222,30 @@ def cases(result: dict, other: dict | None = None) -> dict[str, Cost]:
     return of_suite(suite, parts(other or result)[0]) | of_benchmark(rest)
 
 
-def mode(result: dict | None) -> tuple:
-    """Of the suite's result: what decides which cases a section has."""
-    return (result or {}).get("quick"), (result or {}).get("machine", {}).get("device")
+def quick_of(suite: dict, section: str) -> bool | None:
+    """Whether a section ran in quick mode: `gpu_check.py` keeps that for each section by itself."""
+    quick = suite.get("quick")
+    return quick.get(section) if isinstance(quick, dict) else quick
+
+
+def unlike_modes(before: dict | None, after: dict | None) -> set[str]:
+    """The sections whose cases need not be the same in two results of the suite; a run that begins has none
+    yet, its mode counts for all of the other's."""
+    a, b = before or {}, after or {}
+    ran, again = (result.get("seconds", {}).keys() for result in (a, b))
+    sections = ran & again or ran | again
+    if a.get("machine", {}).get("device") != b.get("machine", {}).get("device"):
+        return sections
+    found = {section: (quick_of(a, section), quick_of(b, section)) for section in sections}
+    return {section for section, quick in found.items() if None not in quick and len({*quick}) > 1}
 
 
 def was_run(before: dict, after: dict) -> set[str]:
     """The groups that `after` ran, so that it must have their cases."""
     suite, rest = parts(after)
     found = {words_of(record, WORDS) for record in records(rest)}
-    if suite is not None and mode(suite) == mode(parts(before)[0]):
-        found |= suite["seconds"].keys()
+    if suite is not None:
+        found |= suite["seconds"].keys() - unlike_modes(parts(before)[0], suite)
     return found
 
 
@@ -220,11 +257,15 @@ def lost(before: dict, after: dict) -> list[str]:
 
 
 def same_machine(before: dict, after: dict) -> bool:
-    """Whether two results are of one kind of machine; what varies from run to run does not count."""
+    """Whether two results are of one kind of machine and mode; what varies from run to run does not count."""
     names = ("cpu", "card", "threads", "isa", "torch", "transformers", "triton", "driver")
     before, after = (parts(result)[0] or result for result in (before, after))
     a, b = ({name: result.get("machine", {}).get(name) for name in names} for result in (before, after))
-    return a == b and mode(before) == mode(after)
+    return a == b and not unlike_modes(before, after)
+
+
+class NothingInCommon(ValueError):
+    """Two files without a case that both have."""
 
 
 def check_schemas(before: dict, after: dict) -> None:
@@ -236,15 +277,16 @@ def check_schemas(before: dict, after: dict) -> None:
 
 def compare(before: dict, after: dict, least: float = 0.03) -> tuple[list[str], bool]:
     """A line per case, the worst first, and whether one of them is worse, or gone. Raises ValueError where
-    there is nothing to compare."""
+    the files cannot be compared, `NothingInCommon` where no case is in both."""
     check_schemas(before, after)
     old, new = cases(before, after), cases(after, before)
-    again, there = was_run(before, after), references(parts(after)[0])
+    results, again = (parts(after)[0] or {}).get("results", []), was_run(before, after)
+    there = {record_of(record, name) for record in results for name in ours_of(record)}
     # One measure of a suite's case may be gone, such as that over a peer that is not installed any more.
     gone = [name for name in sorted(old.keys() - new.keys()) if old[name].group in again]
     gone = [name for name in gone if old[name].record not in there]
     if not (both := old.keys() & new.keys()) and not gone:
-        raise ValueError("the files have no case in common")
+        raise NothingInCommon("no case in common")
     rows, bad = [], bool(gone)
     for name in both:
         a, b = old[name], new[name]
@@ -263,6 +305,13 @@ def compare(before: dict, after: dict, least: float = 0.03) -> tuple[list[str], 
     return lines, bad
 
 
+def load(path: Path) -> dict:
+    """Raises OSError or ValueError where that is no result."""
+    if not isinstance(result := json.loads(path.read_text(encoding="utf8")), dict):
+        raise ValueError(f"{path} is no result of a benchmark")
+    return result
+
+
 def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="slm-fast bench compare", description=__doc__, formatter_class=raw)
@@ -271,11 +320,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--least", type=float, default=3, help="percent below which nothing counts")
     args = parser.parse_args(argv)
     try:
-        before, after = (json.loads(path.read_text(encoding="utf8")) for path in (args.before, args.after))
+        before, after = load(args.before), load(args.after)
         lines, bad = compare(before, after, args.least / 100)
     except (OSError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, NothingInCommon) else 3
     if not same_machine(before, after):
         print("the machines, or the modes, differ: ratios to the reference need not be the same on both")
     failed = lost(before, after)

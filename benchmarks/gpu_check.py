@@ -376,7 +376,8 @@ def merged(suite: dict, measured: dict, section: str) -> dict:
     kept = [record for record in suite.get("results", []) if record["section"] != section]
     aims = [target for target in suite.get("targets", []) if not target["what"].startswith(section)]
     parts = {name: suite.get(name, {}) for name in ("seconds", "failed", "quick")}
-    parts["quick"] = parts["quick"] if isinstance(parts["quick"], dict) else {"model": parts["quick"]}
+    if not isinstance(parts["quick"], dict):  # of all sections together
+        parts["quick"] = dict.fromkeys(parts["seconds"], parts["quick"])
     parts = {name: {k: v for k, v in part.items() if k != section} for name, part in parts.items()}
     parts["quick"] |= {section: measured["quick"]}
     return measured | {

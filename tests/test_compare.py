@@ -77,7 +77,11 @@ def test_the_command(tool, tmp_path, capsys):
     path.write_text("{}")
     assert tool.main([str(RESULTS / f"{DECODE}.json"), str(path)]) == 2
     assert "no case in common" in capsys.readouterr().err
-    assert tool.main([str(path), str(tmp_path / "none.json")]) == 2
+    for unreadable in ("none.json", "list.json", "half.json"):
+        (tmp_path / "list.json").write_text("[]")
+        (tmp_path / "half.json").write_text('{"results":')
+        assert tool.main([str(path), str(tmp_path / unreadable)]) == 3
+        assert "no case in common" not in capsys.readouterr().err
     assert tool.main([str(RESULTS / "nvidia_h100_80gb_hbm3.json")] * 2) == 0
 
 
@@ -111,7 +115,7 @@ def test_a_gpu_check_is_compared_with_its_suite_and_its_ops(tool, tmp_path, caps
         result["suite"]["failed"] = {} if name == "before" else {"model": "RuntimeError: wrong result"}
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     lines, bad = tool.compare(before, after)
-    assert not bad and sum("group=decode 1: mixture" in line for line in lines) == 1 and len(lines) == 4
+    assert not bad and sum("group=decode 1: mixture" in line for line in lines) == 1 and len(lines) == 9
     assert tool.main([str(tmp_path / f"{name}.json") for name in ("before", "after")]) == 1
     assert "WORSE model failed: RuntimeError: wrong result" in capsys.readouterr().out
     frozen = after["suite"]["results"][0]["contenders"]["frozen"]
@@ -128,7 +132,7 @@ def test_unlike_schemas_are_refused(tool, tmp_path, capsys):
     newer = load("suite_cpu_avx2") | {"schema": 2}
     path = tmp_path / "newer.json"
     path.write_text(json.dumps(newer))
-    assert tool.main([str(RESULTS / "suite_cpu_avx2.json"), str(path)]) == 2
+    assert tool.main([str(RESULTS / "suite_cpu_avx2.json"), str(path)]) == 3
     assert "schema 1 cannot be compared with schema 2" in capsys.readouterr().err
     checked = load("nvidia_h100_80gb_hbm3")
     with pytest.raises(ValueError, match="schema 1 cannot"):
@@ -179,3 +183,70 @@ def test_a_peer_that_is_not_installed_any_more_is_not_a_lost_case(tool):
 
     lines, bad = tool.compare(load("suite_cpu_avx2"), changed("search", None, without))
     assert not bad and any("time over faiss flat" in line for line in lines)
+
+
+def of_ours(result):
+    """(record, contender) of all of ours that the suite times, beside the first of each record."""
+    for record in result["results"]:
+        flat = record["axes"].get("kind") == "flat"
+        for name, found in record["contenders"].items():
+            ours = flat or name in ("slm_fast, no codes", "off", "on eager", "in the prefill")
+            if ours and "seconds" in found and name != record["ours"]:
+                yield record, name
+
+
+@pytest.mark.parametrize("file", ["suite_cpu_avx2", "nvidia_h100_80gb_hbm3"])
+def test_every_contender_of_ours_is_compared(tool, file):
+    before, after = load(file), load(file)
+    changed = list(of_ours(after.get("suite", after)))
+    for record, name in changed:
+        for key in ("seconds", "low", "high", "ratio", "ratio_low", "ratio_high"):
+            record["contenders"][name][key] *= 10
+    lines, bad = tool.compare(before, after)
+    worse = [line for line in lines if line.startswith("WORSE")]
+    assert bad and len(worse) == len(changed) > 4
+    assert all(any(f"{r['case']}: time of {name} over" in line for line in worse) for r, name in changed)
+    assert not tool.compare(after, before)[1]
+    for record in (found := load(file)).get("suite", found)["results"]:
+        for name in ("peft", "dense", "merged", "faiss hnsw", "frozen fp32"):
+            for key in ("seconds", "ratio", "ratio_low", "ratio_high"):
+                if key in record["contenders"].get(name, {}):
+                    record["contenders"][name][key] *= 10
+    assert not tool.compare(before, found)[1]
+
+
+def test_a_contender_of_ours_that_fails_or_is_gone_is_worse(tool):
+    def of_decoding(change):
+        result = load("suite_cpu_avx2")
+        change(next(r for r in result["results"] if r["case"] == "decode, smol, 8 rows")["contenders"])
+        return tool.compare(load("suite_cpu_avx2"), result)
+
+    lines, bad = of_decoding(lambda found: found.update(off={"error": "wrong"}))
+    assert bad and lines[0] == "WORSE model, decode, smol, 8 rows: time of off over frozen  failed"
+    lines, bad = of_decoding(lambda found: found.pop("off"))
+    assert bad and "WORSE model, decode, smol, 8 rows: time of off over frozen  is gone" in lines
+    lines, bad = of_decoding(lambda found: found.pop("peft"))
+    assert not bad
+
+
+def test_pools_of_all_sizes_may_become_slower_together(tool):
+    def slow(record):
+        for found in record["contenders"].values():
+            for key in ("seconds", "low", "high"):
+                found[key] *= 10
+
+    lines, bad = tool.compare(load("suite_cpu_avx2"), changed("mixture", "flat", slow))
+    assert bad and "time over a product's" in lines[0]
+    assert sum(line.startswith("WORSE") for line in lines) == 1
+
+
+def test_modes_are_those_of_sections(tool):
+    """A GPU's file of one section in quick mode, before and after `quick` was kept for each section."""
+    before, after = load("nvidia_h100_80gb_hbm3"), load("nvidia_h100_80gb_hbm3")
+    del after["suite"]["results"][1]
+    after["suite"]["quick"], after["suite"]["seconds"]["search"] = {"model": True, "search": False}, 1.0
+    assert tool.compare(before, after)[1] and tool.same_machine(before, after)
+    after["suite"]["quick"]["model"] = False
+    assert not tool.compare(before, after)[1] and not tool.same_machine(before, after)
+    after["suite"]["quick"]["model"], after["suite"]["machine"]["device"] = True, "cpu"
+    assert not tool.compare(before, after)[1]

@@ -301,6 +301,9 @@ def test_a_result_from_before_is_added_to(gpu_check):
     suite = gpu_check.merged(old, new | {"quick": True}, "search")
     assert [record["section"] for record in suite["results"]] == ["model", "search"]
     assert suite["failed"] == {"model": "why"} and suite["quick"] == {"model": True, "search": True}
+    two = {"seconds": {"model": 1.0, "mixture": 1.0}, "quick": False}
+    suite = gpu_check.merged(old | two, new | {"quick": True}, "search")
+    assert suite["quick"] == {"model": False, "mixture": False, "search": True}
 
 
 def test_the_benchmark_is_recorded_even_if_it_was_ended(gpu_check, check, monkeypatch, tmp_path):

@@ -86,6 +86,22 @@ def test_the_page_has_plots_tables_and_failures(tmp_path):
     assert "nan" not in text.split("</style>")[1].lower().split("data:image")[0]
 
 
+@pytest.mark.parametrize(
+    "quick, words",
+    [
+        (True, ", quick"),
+        (False, ""),
+        ({"model": False, "search": True}, ", quick: search"),
+        ({"model": False}, ""),
+    ],
+)
+def test_the_page_says_what_was_quick(tmp_path, quick, words):
+    from suite import page
+
+    text = page.write(a_result() | {"quick": quick, "results": []}, tmp_path).read_text()
+    assert f"<h1>slm_fast benchmark{words}</h1>" in text
+
+
 def test_results_are_compared():
     import compare
 
@@ -276,7 +292,7 @@ def test_results_are_compared_by_the_command(capsys, tmp_path):
     stored = str(ROOT / "benchmarks" / "results" / "cpu_decode_smol.json")
     assert slm_fast(["bench", "compare", stored, stored, "--least", "5"]) == 0
     assert "noise" in capsys.readouterr().out
-    assert slm_fast(["bench", "compare", stored, str(tmp_path / "none.json")]) == 2
+    assert slm_fast(["bench", "compare", stored, str(tmp_path / "none.json")]) == 3
 
 
 def test_the_help_says_what_sections_are(capsys):

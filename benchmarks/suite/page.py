@@ -179,10 +179,18 @@ def milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e3 * seconds:,.3g} ms"
 
 
+def quick_words(quick: bool | dict[str, bool]) -> str:
+    """Which sections were measured in quick mode, if it is not of all together."""
+    if isinstance(quick, dict):
+        found = [section for section, value in quick.items() if value]
+        return f", quick: {', '.join(found)}" if found else ""
+    return ", quick" if quick else ""
+
+
 def write(result: dict, folder: Path) -> Path:
     """Write `suite.html` and the plots; the page's path. Without matplotlib the page has tables alone."""
     ceilings, results = result["ceilings"], result["results"]
-    body = [f"<h1>slm_fast benchmark{', quick' if result['quick'] else ''}</h1>"]
+    body = [f"<h1>slm_fast benchmark{quick_words(result['quick'])}</h1>"]
     body += [f'<p class="quiet">{html.escape(machine.line(result["machine"], ceilings))}</p>']
     body += [
         f'<p class="quiet">{html.escape(result["created"])}. Medians with 20% and 80% quantiles; ratios '
