@@ -1,6 +1,6 @@
 """The scaling model: bytes, time and memory of each phase, for a model, a pool, a batch and a machine.
 
-    python benchmarks/scaling.py check SUITE.json [MORE.json ...]    errors against every measured point
+    python benchmarks/scaling.py check SUITE.json [MORE.json ...]    errors against every point
         --write    also docs/scaling.md and its plot
         --check    instead: fail where docs/scaling.md is not what would be written
     python benchmarks/scaling.py ask --model llama7b --entries 10000 --rows 8 --tokens 512 --card H100
@@ -30,13 +30,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from scaling_features import ADD, SEARCH, Point, Speed, add_features, points, search_features
+from scaling_features import (
+    ADD,
+    SEARCH,
+    Point,
+    Speed,
+    add_features,
+    points,
+    search_features,
+    training_points,
+)
 from scaling_shapes import SHAPES, SIZES, Batch, Pool, find
 from units import amount, duration
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MEMORY = RESULTS / "cpu_memory_smol.json", RESULTS / "cpu_avx2_memory_7b.json"
+STEPS = RESULTS / "cpu_avx2_training_wide.json", RESULTS / "cpu_avx2_training_wide_o_proj.json"
 TOLERANCE = 0.15
 ENTRIES = {"smol": 64, "7b": 12}  # of the pools in bench_memory.py, a task each
 
@@ -94,6 +104,23 @@ def check(points: Sequence[Point], whole: bool = False) -> list[Checked]:
             others = [p for p in members if p is not point and not (whole and p.case == point.case)]
             found.append(Checked(point, predict(fit(others), point.features)))
     return found
+
+
+def measured_points(result: dict, *more: dict) -> list[Point]:
+    """Of suite results of one machine, the first one's where several have a case, and of `STEPS`."""
+    found = {}
+    for each in (result, *more):
+        found = {(p.phase, p.name): p for p in points(each)} | found
+    steps = [p for path in STEPS for p in training_points(load(path), result)] if found else []
+    return [*found.values(), *steps]
+
+
+def unmodelled(result: dict, measured: Sequence[Point]) -> dict[str, int]:
+    """{section: timed cases that have no point}"""
+    timed = [record for record in result["results"] if record.get("clock") != "none"]
+    known = {p.case for p in measured}
+    left = [r["section"] for r in timed if f"{r['section']}, {r['case']}" not in known]
+    return {section: left.count(section) for section in dict.fromkeys(left)}
 
 
 @dataclass(frozen=True)
@@ -184,18 +211,17 @@ def load(path: Path) -> dict:
 
 def run_check(args: argparse.Namespace) -> int:
     result, *more = map(load, (args.suite, *args.more))
-    measured = {(p.phase, p.name): p for p in points(result)}
-    for other in more:
-        measured |= {(p.phase, p.name): p for p in points(other) if (p.phase, p.name) not in measured}
-    checked = check([*measured.values()])
+    measured = measured_points(result, *more)
+    checked = check(measured)
     if not checked:
         raise SystemExit("no phase has three points: run more of the suite")
-    machine = Machine.of(result, [*measured.values()])
+    machine = Machine.of(result, measured)
     kept = memory_check([*map(load, MEMORY), result])
     if args.write or args.check:
         import scaling_page
 
-        page = scaling_page.document(machine, checked, kept, command(args.suite, *args.more))
+        missing, words = unmodelled(result, measured), command(args.suite, *args.more)
+        page = scaling_page.document(machine, checked, kept, missing, words)
         if args.check:
             return scaling_page.compare(page)
         scaling_page.write(machine, page)
@@ -268,7 +294,7 @@ def run_ask(args: argparse.Namespace) -> int:
     else:
         result = load(args.suite)
         result = result.get("suite", result)  # of a card's file
-        if not (measured := [*points(result)]):
+        if not (measured := measured_points(result)):
             raise SystemExit(f"{args.suite} has no cases of a CPU's pace; for a GPU there is --card")
         where = scaling_ask.Measured.of(Machine.of(result, measured), args.dtype)
     print("\n".join(scaling_ask.answer(shape, pool, batch, where)))

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from scaling_shapes import (
     BLOCK,
@@ -20,13 +21,15 @@ from scaling_shapes import (
     count_prefill,
     count_step,
     count_training,
+    total,
 )
 
 SEARCH, ADD, UPDATE, MIXTURE = "key search", "adding a task", "mixture, decoding", "mixture, prefill"
 BACKWARD, DECODE, PREFILL = "mixture, forward and backward", "decoding step", "prefill"
-TRAINING = "training step"
+TRAINING, LAYER, LAYER_STEP = "training step", "linear with mixture", "linear, forward and backward"
 # Multiply-adds: that are worth a thread, and below which one thread does it (csrc/cpu).
 SEARCH_THREAD, SERIAL_UPDATE = 150_000, 300_000
+FEATURES, ENTRIES_OF_FLAT = 576, dict(rank=8, top_k=2)  # of linears, and of "flat" cases (suite/mixture.py)
 CONTEXT = 16 + 4  # tokens before a decoder's timed steps: the prompt and what is not timed (bench_decode.py)
 
 
@@ -86,59 +89,134 @@ class Speed:
         return operations / self.rate
 
 
+class Part(NamedTuple):
+    """What a record says about a phase. measured: the name of its seconds among the contender's numbers."""
+
+    phase: str
+    contender: str
+    features: tuple[float, ...]
+    measured: str = "seconds"
+
+
 def points(result: dict) -> Iterator[Point]:
     """Of a suite result, the cases that the model speaks about."""
     paced = [record for record in result["results"] if "pace" in record]
     if not paced:
         return
     usual, rates = Speed.usual(result), result["ceilings"]["operations_per_second"]
+    parts = {"search": search_parts, "mixture": mixture_parts, "model": model_parts}
     for record in paced:
         speed, section = usual.during(record["pace"]), record["section"]
-        for phase, contender, found in features_of(record, speed, rates):
-            seconds = record["contenders"].get(contender, {}).get("seconds")
+        slower = {dtype: rates["float32"] / rate for dtype, rate in rates.items()}
+        for part in parts[section](record, speed, slower) if section in parts else ():
+            seconds = record["contenders"].get(part.contender, {}).get(part.measured)
             if seconds is not None:
-                name = record["case"] + (f", pool {contender}" if contender in ("on", "off") else "")
-                yield Point(phase, name, found, seconds, f"{section}, {record['case']}", record["axes"])
+                case, name = f"{section}, {record['case']}", name_of(record, part)
+                yield Point(part.phase, name, part.features, seconds, case, record["axes"])
 
 
-def features_of(record: dict, speed: Speed, rates: dict) -> Iterator[tuple[str, str, tuple]]:
-    """(phase, contender, features) of a record of the suite."""
+def name_of(record: dict, part: Part) -> str:
+    name = record["case"]
+    if part.contender in ("on", "off"):
+        name += f", pool {part.contender}"
+    elif part.contender != record["ours"]:
+        name += f", {part.contender}"
+    return name if part.measured == "seconds" else f"{name}, {part.measured.removesuffix('_seconds')}"
+
+
+def search_parts(record: dict, speed: Speed, slower: dict) -> Iterator[Part]:
     axes, ours = record["axes"], record["ours"]
-    kind, section = axes.get("kind"), record["section"]
-    if section == "search" and kind is None and axes["cache"] == "hot":
-        yield SEARCH, ours, search_features(axes["keys"], axes["dim"], axes["queries"], speed)
-    elif kind == "refresh":
-        yield ADD, ours, add_features(Pool(axes["keys"], dim=axes["dim"]), speed)
-    elif kind == "update" and axes["length"] == 1:
-        yield (
-            UPDATE,
-            ours,
-            update_features(axes["rows"], axes["distinct"], axes["rank"], axes["top_k"], speed),
-        )
+    if axes.get("kind") == "refresh":
+        yield Part(ADD, ours, add_features(Pool(axes["keys"], dim=axes["dim"]), speed))
+    elif "cache" in axes:
+        sizes = axes["keys"], axes["dim"], axes["queries"]
+        yield Part(SEARCH, ours, search_features(*sizes, speed, cold=axes["cache"] == "cold"))
+
+
+def mixture_parts(record: dict, speed: Speed, slower: dict) -> Iterator[Part]:
+    axes, ours, kind = record["axes"], record["ours"], record["axes"]["kind"]
+    if kind == "update" and axes["length"] == 1:
+        sizes = axes["rows"], axes["distinct"], axes["rank"], axes["top_k"]
+        yield Part(UPDATE, ours, update_features(*sizes, speed))
+    elif kind == "flat":  # of one batch again and again: no factor comes from memory
+        found = update_features(axes["rows"], 0, **ENTRIES_OF_FLAT, speed=speed)
+        yield from (Part(UPDATE, pool, found) for pool in record["contenders"])
     elif kind == "update":
-        yield MIXTURE, ours, (speed.call, speed.work(record["operations"]), speed.moved(record["bytes"]))
-    elif kind == "step" and section == "mixture":
-        yield BACKWARD, ours, (speed.call, speed.work(record["operations"]))
-    elif kind == "step" and axes["model"] in SHAPES:
-        pool, batch = Pool(4, size=4), Batch(axes["rows"], axes["tokens"], top_k=2)
-        yield TRAINING, ours, training_features(SHAPES[axes["model"]], pool, batch, speed)
-    elif kind in ("decode", "prefill") and axes["model"] in SHAPES:
-        shape, rows = SHAPES[axes["model"]], axes["rows"]
-        for contender in ("on", "off"):
-            top_k = 2 if contender == "on" else 0
-            if kind == "decode":
-                rounds = record["contenders"][contender].get("rounds", 0)
-                distinct = axes["distinct"] if top_k else 0
-                batch = Batch(rows, CONTEXT, rounds // 2, top_k, distinct)
-                yield DECODE, contender, step_features(shape, Pool(4), batch, speed)
-            else:
-                batch, size = Batch(rows, axes["tokens"], 0, top_k), 4 if axes["dtype"] == "float32" else 2
-                slower = rates["float32"] / rates[axes["dtype"]]
-                yield PREFILL, contender, prefill_features(shape, Pool(4, size=size), batch, speed, slower)
+        work = speed.work(record["operations"]), speed.moved(record["bytes"])
+        yield Part(MIXTURE, ours, (speed.call, *work))
+    elif kind == "step":
+        yield Part(BACKWARD, ours, (speed.call, speed.work(record["operations"])))
+    elif kind in ("layer", "layer step"):
+        sizes = axes["rows"], axes["length"], axes["rank"], axes["top_k"]
+        phase, features = (LAYER, layer_features) if kind == "layer" else (LAYER_STEP, layer_step_features)
+        yield Part(phase, "frozen", features(*sizes[:3], 0, speed))
+        yield Part(phase, ours, features(*sizes, speed))
 
 
-def search_features(keys: int, dim: int, queries: int, speed: Speed) -> tuple:
-    """A call, waking the threads, queries, products, codes that pass through a thread, codes from memory.
+def model_parts(record: dict, speed: Speed, slower: dict) -> Iterator[Part]:
+    axes, kind = record["axes"], record["axes"]["kind"]
+    if axes["model"] not in SHAPES:
+        return
+    shape, rows = SHAPES[axes["model"]], axes["rows"]
+    if kind == "step":
+        pool, batch = Pool(4, size=4), Batch(rows, axes["tokens"], top_k=2)
+        yield Part(TRAINING, record["ours"], training_features(shape, pool, batch, speed))
+    elif kind == "decode":
+        for contender, top_k in (("on", 2), ("off", 0)):
+            rounds = record["contenders"][contender].get("rounds", 0)
+            batch = Batch(rows, CONTEXT, rounds // 2, top_k, axes["distinct"] if top_k else 0)
+            yield Part(DECODE, contender, step_features(shape, Pool(4), batch, speed))
+    elif kind in ("prefill", "first_token"):
+        pool, factor = Pool(4, size=4 if axes["dtype"] == "float32" else 2), slower[axes["dtype"]]
+        if kind == "first_token":
+            yield from first_token_parts(record, shape, pool, speed, factor)
+            return
+        for contender, top_k in (("on", 2), ("off", 0)):
+            batch = Batch(rows, axes["tokens"], 0, top_k)
+            yield Part(PREFILL, contender, prefill_features(shape, pool, batch, speed, factor))
+
+
+def first_token_parts(record: dict, shape: Shape, pool: Pool, speed: Speed, slower: float) -> Iterator[Part]:
+    """Encoders and prefills, each a prefill of a model. Texts have two tokens more for MiniLM; where prompts
+    are routed in the prefill, the encoder is the model's first half, and mixtures are in the other: as much
+    work as half of them in all layers."""
+    rows, tokens, found = record["axes"]["rows"], record["axes"]["tokens"], record["contenders"]
+    if halves := "in the prefill" in found:
+        encoder, read = replace(shape, layers=shape.layers // 2, vocab=0), tokens
+    else:
+        encoder, read = SHAPES["minilm"], tokens + 2
+    batch = Batch(rows, tokens, 0, 1 if halves else 2)
+    encoding = prefill_features(encoder, pool, replace(batch, tokens=read, top_k=0), speed, slower)
+    answering = prefill_features(shape, pool, batch, speed, slower)
+    for contender in ("on", "in the prefill"):
+        yield Part(PREFILL, contender, encoding, "encoder_seconds")
+        yield Part(PREFILL, contender, answering, "prefill_seconds")
+
+
+def training_points(bench: dict, suite: dict) -> Iterator[Point]:
+    """Of a result of `bench_training.py` on a machine of the suite's kind, in fp32, at the machine's usual
+    pace: none was measured beside it."""
+    kinds = [[r["machine"].get(key) for key in ("cores", "threads", "isa")] for r in (bench, suite)]
+    if kinds[0] != kinds[1]:
+        return
+    speed = Speed.usual(suite)
+    for record in bench["results"]:
+        if record["dtype"] != "fp32" or record["model"] not in SHAPES:
+            continue
+        shape, again = SHAPES[record["model"]], record["checkpointing"] == "on"
+        adapted = total(shape.layers * [(shape.attention, shape.hidden)]) / shape.features
+        adapted = {"all": 1.0, "o_proj": adapted}[record["targets"]]
+        batch = Batch(record["rows"], record["tokens"], top_k=2)
+        found = training_features(shape, Pool(4, size=4), batch, speed, adapted=adapted, again=again)
+        words = f"{record['targets']}{', checkpoints' if again else ''}, bench_training.py"
+        name = f"training step, {record['model']}, {words}"
+        axes = {key: record[key] for key in ("model", "rows", "tokens", "targets", "checkpointing")}
+        yield Point(TRAINING, name, found, record["milliseconds"]["engine"] / 1e3, name, axes)
+
+
+def search_features(keys: int, dim: int, queries: int, speed: Speed, cold: bool = False) -> tuple:
+    """A call, waking the threads, queries, products, codes that pass through a thread, codes from memory:
+    all of them when cold.
 
     The keys are split over the threads, or, if there are enough of them, groups of 16 queries, each of which
     reads all codes; small searches are one thread's."""
@@ -154,7 +232,7 @@ def search_features(keys: int, dim: int, queries: int, speed: Speed) -> tuple:
         queries * slices * share * speed.call,
         speed.work(2 * queries * coded * share),
         speed.work(groups * coded * share),
-        beyond(size, speed.cache) * speed.moved(size * groups),
+        (1.0 if cold else beyond(size, speed.cache)) * speed.moved(size * groups),
     )
 
 
@@ -180,6 +258,24 @@ def update_features(
     return (speed.call, 0.0 if alone else speed.call, *(seconds / threads for seconds in shared))
 
 
+def layer_features(rows: int, length: int, rank: int, top_k: int, speed: Speed) -> tuple:
+    """(a linear's call, its weights, which are packed for more tokens than one, its products; of the mixture
+    a call, rows that decode, products). top_k: 0 without one."""
+    tokens, mixed = rows * length, top_k > 0
+    weights = FEATURES**2
+    linear = speed.call, (tokens > 1) * speed.moved(4 * weights), speed.work(2 * tokens * weights)
+    decoded = rows * mixed if length == 1 else 0
+    products = speed.work(4 * tokens * top_k * rank * FEATURES)
+    return (*linear, mixed * speed.call, decoded * speed.call, products)
+
+
+def layer_step_features(rows: int, length: int, rank: int, top_k: int, speed: Speed) -> tuple:
+    """(a call, products with the frozen weights, the mixture's): forward and backward."""
+    tokens = rows * length
+    mixture = speed.work(12 * tokens * top_k * rank * FEATURES)
+    return speed.call, speed.work(4 * tokens * FEATURES**2), mixture
+
+
 def step_features(shape: Shape, pool: Pool, batch: Batch, speed: Speed) -> tuple:
     """(bytes from memory, operations, a layer, a layer of a row)"""
     count, layers = count_step(shape, pool, batch), (shape.decoder or shape.layers) * 1e3 * speed.call
@@ -194,5 +290,20 @@ def prefill_features(shape: Shape, pool: Pool, batch: Batch, speed: Speed, slowe
     return work[0], work[1], speed.moved(pool.size * shape.weights), work[2]
 
 
-def training_features(shape: Shape, pool: Pool, batch: Batch, speed: Speed, slower: float = 1.0) -> tuple:
-    return (slower * speed.work(count_training(shape, pool, batch).operations),)
+def training_features(
+    shape: Shape,
+    pool: Pool,
+    batch: Batch,
+    speed: Speed,
+    slower: float = 1.0,
+    *,
+    adapted: float = 1.0,
+    again: bool = False,
+) -> tuple:
+    """adapted: the share of the mixtures' features that is learnt. again: layers run twice (checkpoints)."""
+    count = count_training(shape, pool, batch)
+    mixture = adapted * count.mixture
+    work = count.frozen + mixture + count.attention
+    if again:
+        work += count.frozen / 2 + (mixture + count.attention) / 3
+    return (slower * speed.work(work),)

@@ -10,7 +10,7 @@ from pathlib import Path
 from roofline import DEVICES
 from scaling import RESULTS, TOLERANCE, Checked, Kept, Machine, check, load
 from scaling_ask import Card
-from scaling_features import ADD, SEARCH
+from scaling_features import ADD, SEARCH, TRAINING
 from scaling_shapes import LEARNT_BYTES, SHAPES, Batch, Pool, count_prefill, count_step, tasks_that_fit
 from units import amount, duration
 
@@ -139,7 +139,28 @@ the datasheet's bandwidth, bf16 keys; nothing here was measured.
     return [*text.splitlines(), "", *table(header, rows)]
 
 
-def check_section(machine: Machine, checked: Sequence[Checked], kept: Sequence[Kept]) -> list[str]:
+def limits_section(machine: Machine, missing: dict[str, int]) -> list[str]:
+    """What the check does not say. missing: timed cases without a point, by section."""
+    lines = []
+    if missing:
+        parts = [f"{section} ({count})" for section, count in missing.items()]
+        lines.append(f"Timed cases that are not modelled: {', '.join(parts)}.")
+    if "serve" in missing:
+        lines += ["Requests under load wait for each other, and nothing here predicts a queue."]
+    lines += ["Of a first token the tokenizer and the search are left out, and so are all peers."]
+    steps = [p for p in machine.measured if p.phase == TRAINING]
+    sizes = {(p.axes["model"], p.axes["rows"], p.axes["tokens"]) for p in steps}
+    if len(sizes) == 1:
+        lines += [
+            f"The training step's points ({len(steps)}) are all of one model and one size: that they predict"
+        ]
+        lines += ["each other does not say how the time grows."]
+    return [*lines, ""]
+
+
+def check_section(
+    machine: Machine, checked: Sequence[Checked], kept: Sequence[Kept], missing: dict[str, int]
+) -> list[str]:
     rows, apart = [], check(machine.measured, whole=True)
     for phase in dict.fromkeys(c.point.phase for c in checked):
         found = [c for c in checked if c.point.phase == phase]
@@ -150,13 +171,17 @@ def check_section(machine: Machine, checked: Sequence[Checked], kept: Sequence[K
     within, strict = (sum(c.within for c in found) for found in (checked, apart))
     rows.append(["all", str(len(checked)), "", "", f"{within} of {len(checked)}", str(strict)])
     header = ["phase", "points", "median error", "largest", f"within {TOLERANCE:.0%}", "case left out"]
-    words = f"""Every measured point of {machine.name}, predicted from the others of its phase. A model's
-case gives two points, pool on and off; in the last column neither has the other to learn from."""
+    words = f"""Every modelled point of {machine.name}, predicted from the others of its phase. A model's
+case gives two points, pool on and off, a linear's too, with a mixture and frozen; in the last column no point
+of a case has another of it to learn from. Encoders are prefills of their model. Training steps are also of
+`benchmarks/bench_training.py`, on as many cores and threads with these instructions; they have no pace of
+their own and count at the usual one."""
     lines = ["## The check", "", *words.splitlines(), "", *table(header, rows)]
     counts = {phase: sum(p.phase == phase for p in machine.measured) for phase in machine.constants}
     few = [f"{phase} ({count})" for phase, count in counts.items() if count < 3]
     if few:
         lines += [f"Unchecked, with fewer than three points: {', '.join(few)}.", ""]
+    lines += limits_section(machine, missing)
     rows = [[k.name, amount(k.measured), amount(k.predicted), f"{k.error:+.1%}"] for k in kept]
     words = """Memory, counted from shapes: the pool's factors against those of a real pool, and against all
 that is resident above the frozen model, by `benchmarks/bench_memory.py` and the suite. What lies there beside
@@ -239,7 +264,13 @@ def draw(machine: Machine, path: Path) -> None:
     figure.savefig(path, dpi=140, metadata={"Software": None})
 
 
-def document(machine: Machine, checked: Sequence[Checked], kept: Sequence[Kept], command: str) -> str:
+def document(
+    machine: Machine,
+    checked: Sequence[Checked],
+    kept: Sequence[Kept],
+    missing: dict[str, int],
+    command: str,
+) -> str:
     head = f"""# How it scales
 
 Bytes and operations are counted from shapes; a machine's few constants a phase are fitted to its suite
@@ -251,7 +282,8 @@ result, in seconds at the pace that memory and arithmetic had while a case was m
 ![time, memory and hosts against the number of entries](scaling.png)
 """
     lines = [*head.splitlines(), "", *costs_section(), *fit_section(), *adapter_section(machine)]
-    lines += [*fleet_section(), *batch_section(), *check_section(machine, checked, kept), *card_section()]
+    lines += [*fleet_section(), *batch_section(), *check_section(machine, checked, kept, missing)]
+    lines += card_section()
     return "\n".join(lines).rstrip() + "\n"
 
 

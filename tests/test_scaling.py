@@ -320,11 +320,49 @@ def test_the_model_predicts_most_of_the_stored_points():
     """Errors as docs/scaling.md has them: of phases with three points, each predicted from the others."""
     import scaling
 
-    points = [*scaling.points(scaling.load(SUITE))]
-    checked = scaling.check(points)
-    assert len(checked) == sum(len(m) for m in scaling.by_phase(points).values() if len(m) > 2) == 88
-    assert sum(c.within for c in checked) >= 75
-    assert sum(c.within for c in scaling.check(points, whole=True)) >= 69
+    points = scaling.measured_points(scaling.load(SUITE))
+    checked, apart = scaling.check(points), scaling.check(points, whole=True)
+    assert len(checked) == sum(len(m) for m in scaling.by_phase(points).values() if len(m) > 2) > 100
+    assert sum(c.within for c in checked) >= 0.75 * len(checked)
+    assert sum(c.within for c in apart) >= 0.6 * len(apart)
+
+
+def test_only_requests_under_load_are_not_modelled():
+    """Of the timed cases; a training step has others beside it to be checked against."""
+    import scaling
+    import scaling_features as features
+
+    result = scaling.load(SUITE)
+    points = scaling.measured_points(result)
+    served = sum(record["section"] == "serve" for record in RECORDS)
+    assert scaling.unmodelled(result, points) == {"serve": served}
+    found = scaling.by_phase(points)
+    cold = [p for p in found[features.SEARCH] if p.axes["cache"] == "cold"]
+    assert len(cold) == 1 and cold[0].features[-1] == pytest.approx(1000 * (384 + 12) / 22e9, rel=0.3)
+    flat = [p for p in found[features.UPDATE] if p.axes["kind"] == "flat"]
+    assert len(flat) == 4 and all(p.features == flat[0].features and p.features[-1] == 0 for p in flat)
+    assert len(found[features.TRAINING]) == 4
+    layers = [sum(r["axes"].get("kind") == kind for r in RECORDS) for kind in ("layer", "layer step")]
+    assert [len(found[p]) for p in (features.LAYER, features.LAYER_STEP)] == [2 * n for n in layers]
+    first = [p.name for p in found[features.PREFILL] if p.axes["kind"] == "first_token"]
+    assert "first token, smol, 1 row of text, pool on, encoder" in first
+    unlike = result | {"machine": result["machine"] | {"isa": "amx"}}
+    assert len(scaling.by_phase(scaling.measured_points(unlike))[features.TRAINING]) == 1
+
+
+def test_a_prompt_routed_in_the_prefill_is_a_prefill_with_half_the_mixtures():
+    import scaling_features as features
+
+    axes = {"kind": "first_token", "model": "smol", "rows": 2, "tokens": 64, "dtype": "float32"}
+    found = {"on": {}, "in the prefill": {}, "frozen": {}}
+    record = {"section": "model", "case": "first token", "axes": axes, "ours": "on", "contenders": found}
+    speed = features.Speed(20e9, 100e9, 32 << 20, 2)
+    parts = [*features.model_parts(record, speed, {"float32": 1.0})]
+    encoder, on, _, inside = (part.features for part in parts)
+    del found["in the prefill"]
+    apart = [*features.model_parts(record, speed, {"float32": 1.0})][1].features
+    assert on == inside and on[1] == apart[1] / 2 and on[0] == apart[0]
+    assert encoder[0] == pytest.approx(on[0] / 2, rel=0.05) and encoder[1] == 0
 
 
 def run(capsys, *words):
@@ -347,7 +385,7 @@ def test_the_page_is_what_the_stored_result_makes_of_it(capsys, monkeypatch, tmp
     code, printed = run(capsys, "check", SUITE, "--check")
     assert code == 1 and "-# How it scaled" in printed and "+# How it scales" in printed
     code, printed = run(capsys, "check", SUITE, "--write")
-    assert code == 1 and json.loads(printed.splitlines()[-1])["points"] == 88  # some are beyond 15%
+    assert code == 1 and json.loads(printed.splitlines()[-1])["points"] > 100  # some are beyond 15%
     assert (tmp_path / "scaling.md").read_text() == page and (
         tmp_path / "scaling.png"
     ).stat().st_size > 10_000
@@ -393,7 +431,7 @@ def test_ask_answers_for_a_measured_machine(capsys):
     seconds = float(lines["prefill"].split()[3]) * {"ms": 1e-3, "s": 1.0}[lines["prefill"].split()[4]]
     (record,) = (r for r in RECORDS if r["case"] == "prefill, smol, 8 x 32 tokens")
     assert code == 0 and seconds == pytest.approx(record["contenders"]["on"]["seconds"], rel=0.15)
-    assert "9 of 10 points" in lines["prefill"] and "unchecked, points: 1" in lines["training step"]
+    assert "points within 15%" in lines["prefill"] and "of 4 points within" in lines["training step"]
     code, printed = run(capsys, *words, "--suite", SUITE)
     assert "bf16 products take" in lines_of(printed)["prefill"]
     code, printed = run(capsys, *words, "--dtype", "fp16", "--suite", SUITE)
