@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
+from compare import SMALL
 from scaling_features import (
     ADD,
     SEARCH,
@@ -48,6 +49,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MEMORY = RESULTS / "cpu_memory_smol.json", RESULTS / "cpu_avx2_memory_7b.json"
 STEPS = RESULTS / "cpu_avx2_training_wide.json", RESULTS / "cpu_avx2_training_wide_o_proj.json"
 TOLERANCE = 0.15
+PEAK_TOKENS = 16 + 2  # in the cache at the step whose peak is measured: the second behind the prompt
 ENTRIES = {"smol": 64, "7b": 12}  # of the pools in bench_memory.py, a task each
 
 
@@ -154,6 +156,24 @@ def memory_check(results: Sequence[dict]) -> list[Kept]:
     return found
 
 
+def peak_check(result: dict) -> list[Kept]:
+    """Peaks of a suite result's decoding steps, where they say something: keys and values, of which every
+    step makes new tensors, and the logits. What other calls take are activations, which are not counted."""
+    found = []
+    for record in result["results"]:
+        axes = record["axes"]
+        if axes.get("kind") != "decode" or axes["model"] not in SHAPES or record["clock"] != "wall":
+            continue
+        shape, rows = SHAPES[axes["model"]], axes["rows"]
+        size = 4 if axes["dtype"] == "float32" else 2
+        counted = shape.cache(rows * PEAK_TOKENS, size) + size * rows * shape.vocab
+        for name in ("on", "off"):
+            peak = record["contenders"].get(name, {}).get("peak_bytes") or 0
+            if peak >= SMALL:
+                found.append(Kept(f"{record['case']}, pool {name}: peak of a step", peak, counted))
+    return found
+
+
 @dataclass(frozen=True)
 class Machine:
     """Usual speed and fitted constants of the machine of a suite result; what they were fitted to."""
@@ -216,7 +236,7 @@ def run_check(args: argparse.Namespace) -> int:
     if not checked:
         raise SystemExit("no phase has three points: run more of the suite")
     machine = Machine.of(result, measured)
-    kept = memory_check([*map(load, MEMORY), result])
+    kept = [*memory_check([*map(load, MEMORY), result]), *peak_check(result)]
     if args.write or args.check:
         import scaling_page
 

@@ -185,7 +185,9 @@ their own and count at the usual one."""
     rows = [[k.name, amount(k.measured), amount(k.predicted), f"{k.error:+.1%}"] for k in kept]
     words = """Memory, counted from shapes: the pool's factors against those of a real pool, and against all
 that is resident above the frozen model, by `benchmarks/bench_memory.py` and the suite. What lies there beside
-the factors, buffers of the engine, is not counted."""
+the factors, buffers of the engine, is not counted. A decoding step's peak is its keys and values, which
+transformers' cache copies, and its logits; peaks below 4 MB say nothing, those of other calls are
+activations, which are not counted."""
     return [*lines, *words.splitlines(), "", *table(["memory", "measured", "counted", "error"], rows)]
 
 

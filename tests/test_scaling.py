@@ -316,6 +316,19 @@ def test_measured_memory_is_what_is_counted():
     assert all(abs(each.error) < 0.05 for each in kept if each.name.startswith("smol"))
 
 
+def test_peaks_of_steps_are_keys_values_and_logits():
+    import scaling
+
+    shape = scaling.SHAPES["smol"]
+    peak = 18 * 32 * 30 * 2 * 192 * 2 + 2 * 32 * shape.vocab
+    axes = {"kind": "decode", "model": "smol", "rows": 32, "dtype": "bfloat16"}
+    record = {"case": "decode, smol, 32 rows", "axes": axes, "clock": "wall"}
+    record["contenders"] = {"on": {"peak_bytes": 2 * peak}, "off": {"peak_bytes": peak}, "frozen": {}}
+    small = record | {"contenders": {"on": {"peak_bytes": 1 << 20}, "off": {"error": "wrong"}}}
+    on, off = scaling.peak_check({"results": [record, small, record | {"clock": "events"}]})
+    assert (on.error, off.error) == (-0.5, 0.0) and off.name.endswith("pool off: peak of a step")
+
+
 def test_the_model_predicts_most_of_the_stored_points():
     """Errors as docs/scaling.md has them: of phases with three points, each predicted from the others."""
     import scaling
