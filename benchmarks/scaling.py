@@ -15,7 +15,8 @@ fitted to the machine's own suite result with relative errors. Features are seco
 machine had while the point was measured: a CPU that others share is a third slower in some minutes. Every
 point is predicted with constants that were fitted to the other points of its phase, so the printed error is
 one of prediction. Memory is counted (`scaling_shapes.py`), nothing is fitted. For GPUs times are datasheet
-floors (`roofline.py`), which no kernel reaches; docs/scaling.md says by how much an H100 missed them.
+floors (`roofline.py`), which no kernel reaches; docs/scaling.md says by how much an H100 missed them. With
+`--suite` of a GPU they are floors by its measured ceilings, times what its model cases took over theirs.
 
 `scaling_shapes.py` counts, `scaling_features.py` says what is fitted, `scaling_ask.py` answers,
 `scaling_page.py` writes docs/scaling.md.
@@ -229,8 +230,19 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf8"))
 
 
+def suite_result(path: Path) -> dict:
+    """Of a file of the suite, or of `gpu_check.py`, which holds one. SystemExit where it is neither."""
+    found = load(path)
+    found = found.get("suite", found) if isinstance(found, dict) else {}
+    if missing := {"machine", "ceilings", "results"} - found.keys():
+        raise SystemExit(f"{path} is no result of the suite: no {', '.join(sorted(missing))}")
+    return found
+
+
 def run_check(args: argparse.Namespace) -> int:
-    result, *more = map(load, (args.suite, *args.more))
+    result, *more = map(suite_result, (args.suite, *args.more))
+    if result["machine"].get("device") == "cuda":
+        raise SystemExit(f"{args.suite} is of a GPU, for which nothing is fitted: see `ask --suite`")
     measured = measured_points(result, *more)
     checked = check(measured)
     if not checked:
@@ -296,7 +308,9 @@ def main() -> None:
     asking.add_argument("--dtype", choices=SIZES, default="bf16", help="of weights and factors")
     where = asking.add_mutually_exclusive_group(required=True)
     where.add_argument("--card", choices=DEVICES, help="floors by its datasheet: no kernel reaches them")
-    where.add_argument("--suite", type=Path, help="a result of the suite: its machine's constants")
+    where.add_argument(
+        "--suite", type=Path, help="a result of the suite: its machine's constants, or its card's factors"
+    )
     asking.set_defaults(run=run_ask)
     args = parser.parse_args()
     raise SystemExit(args.run(args))
@@ -312,11 +326,13 @@ def run_ask(args: argparse.Namespace) -> int:
     if args.card:
         where = scaling_ask.Card(args.card, args.dtype)
     else:
-        result = load(args.suite)
-        result = result.get("suite", result)  # of a card's file
-        if not (measured := measured_points(result)):
-            raise SystemExit(f"{args.suite} has no cases of a CPU's pace; for a GPU there is --card")
-        where = scaling_ask.Measured.of(Machine.of(result, measured), args.dtype)
+        result = suite_result(args.suite)
+        if result["machine"].get("device") == "cuda":
+            where = scaling_ask.Card.of(result, args.dtype)
+        elif measured := measured_points(result):
+            where = scaling_ask.Measured.of(Machine.of(result, measured), args.dtype)
+        else:
+            raise SystemExit(f"{args.suite} has no case with the CPU's pace beside it: run the suite again")
     print("\n".join(scaling_ask.answer(shape, pool, batch, where)))
     return 0
 

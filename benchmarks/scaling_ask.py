@@ -1,13 +1,15 @@
 """What a batch costs: a line a phase, and a table of memory. See `scaling.py ask`."""
 
+import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import scaling_features as features
-from roofline import DEVICES, Cost, Device, search_floor
+from roofline import DEVICES, REACHED, Cost, Device, search_floor
 from scaling import TOLERANCE, Machine, by_phase, check
 from scaling_shapes import (
     LEARNT_BYTES,
+    SHAPES,
     Batch,
     Count,
     Pool,
@@ -22,6 +24,8 @@ from scaling_shapes import (
 )
 from units import amount, duration
 
+CARD_ENTRIES = 12  # of the pools in suite/gpu_model.py
+CARD_SHAPES = {"llama-2-7b": SHAPES["llama7b"]}  # by the names that models have there
 NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of dtypes in a suite result
 
 
@@ -48,17 +52,46 @@ def counts(shape: Shape, pool: Pool, batch: Batch) -> Iterator[tuple[str, Count]
 
 @dataclass(frozen=True)
 class Card:
-    """The datasheet of one of `roofline.DEVICES`: floors."""
+    """One of `roofline.DEVICES`: floors by its datasheet, or by what a suite result says that it reached.
+
+    reached: with measured ceilings.  cases: {phase: [(floor, measured over it)]} of the result's models.
+    """
 
     name: str
     dtype: str
+    reached: Device | None = None
+    cases: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, suite: dict, dtype: str) -> "Card":
+        """Of a GPU's suite result. SystemExit says what it lacks."""
+        card, ceilings = suite["machine"].get("card", "without a name"), suite["ceilings"]
+        name = next((key for key in DEVICES if key in card), None)
+        if name is None:
+            raise SystemExit(f"card {card}: there are datasheets of {', '.join(DEVICES)}")
+        sheet, measured = DEVICES[name], [*card_cases(suite, dtype)]
+        copy = ceilings.get("copy_bytes_per_second")
+        rate = ceilings.get("operations_per_second", {}).get(NAMES["bf16"])
+        if copy is None and rate is None and not measured:
+            raise SystemExit(f"neither measured ceilings nor model cases in {dtype}: there is --card {name}")
+        tensor = sheet.tensor if rate is None else rate / REACHED
+        memory = suite["machine"].get("memory_bytes", sheet.memory)
+        reached = replace(sheet, name=card, hbm=copy or sheet.hbm, tensor=tensor, memory=memory)
+        found, cases = cls(name, dtype, reached), {}
+        for phase, _, count, seconds in measured:
+            floor = found.floor(count)
+            cases.setdefault(phase, []).append((floor, seconds / floor))
+        return replace(found, cases=cases)
 
     @property
     def device(self) -> Device:
-        return DEVICES[self.name]
+        return self.reached or DEVICES[self.name]
 
     def __str__(self) -> str:
-        return f"{self.device.name}, {self.dtype}: floors by its datasheet, no kernel reaches them"
+        words = "its datasheet, no kernel reaches them"
+        if self.reached:
+            words = "what it reached, times what measured models took over theirs, where there are some"
+        return f"{self.device.name}, {self.dtype}: floors by {words}"
 
     @property
     def memory(self) -> float:
@@ -83,8 +116,35 @@ class Card:
                 yield Phase(name, count, seconds, "floor, bf16 keys")
                 continue
             floor = self.floor(count)
-            bound = "memory" if count.bytes / self.device.hbm >= floor else "arithmetic"
-            yield Phase(name, count, floor, f"floor, {bound}")
+            note = "floor, memory" if count.bytes / self.device.hbm >= floor else "floor, arithmetic"
+            yield self.scaled(Phase(name, count, floor, note))
+
+    def scaled(self, phase: Phase) -> Phase:
+        """As far above its floor as the measured cases of the phase were, by the median."""
+        if not (cases := self.cases.get(phase.name)):
+            return phase
+        floors, factors = zip(*cases, strict=True)
+        factor = statistics.median(factors)
+        note = f"{phase.note}, x {factor:.2f} as measured, cases: {len(cases)}"
+        if not min(floors) <= phase.seconds <= max(floors):
+            note += "; extrapolated"
+        return replace(phase, seconds=factor * phase.seconds, note=note)
+
+
+def card_cases(suite: dict, dtype: str = "bf16") -> Iterator[tuple[str, str, Count, float]]:
+    """(phase, case, what it must move and compute, seconds) of whole models in a GPU's suite result."""
+    pool = Pool(4)
+    phases = {"decode": features.DECODE, "prefill": features.PREFILL, "step": features.TRAINING}
+    for record in suite["results"]:
+        axes, found = record["axes"], record["contenders"].get(record["ours"], {})
+        phase, shape = phases.get(axes.get("kind")), CARD_SHAPES.get(axes.get("model"))
+        if None in (phase, shape) or axes.get("dtype") != NAMES[dtype] or "seconds" not in found:
+            continue
+        shape = replace(shape, layers=axes.get("layers", shape.layers))
+        distinct = axes.get("distinct", min(CARD_ENTRIES, 2 * axes["rows"]))
+        tokens, new = axes.get("tokens", axes.get("context", 0)), int(phase == features.DECODE)
+        counted = dict(counts(shape, pool, Batch(axes["rows"], tokens, new, 2, distinct)))
+        yield phase, record["case"], counted[phase], found["seconds"]
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ import difflib
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from roofline import DEVICES
 from scaling import RESULTS, TOLERANCE, Checked, Kept, Machine, check, load
-from scaling_ask import Card
+from scaling_ask import Card, card_cases
 from scaling_features import ADD, SEARCH, TRAINING
-from scaling_shapes import LEARNT_BYTES, SHAPES, Batch, Pool, count_prefill, count_step, tasks_that_fit
+from scaling_shapes import LEARNT_BYTES, SHAPES, Batch, Pool, tasks_that_fit
 from units import amount, duration
 
 from slm_fast.continual.pictures import new_figure
@@ -22,7 +21,6 @@ LINK = 64e9  # bytes/s between host and card, PCIe 5 x16 by its standard
 SIZES = (100, 1000, 10_000, 100_000, 1_000_000)
 HOST = 0.9e12  # bytes of a host of 1 TB that are used
 PER_TASK = 4  # entries
-CARD_ENTRIES = 12  # of the pools in suite/gpu_model.py
 CACHED = 8 * 2048  # tokens: 8 rows of 2,048
 
 
@@ -192,25 +190,16 @@ activations, which are not counted."""
 
 
 def card_section(name: str = "H100", file: str = "nvidia_h100_80gb_hbm3.json") -> list[str]:
-    """What a card took for whole models, over its floors."""
-    suite, shape, pool = load(RESULTS / file)["suite"], SHAPES["llama7b"], Pool(4)
-    rows = []
-    for record in suite["results"]:
-        axes, found = record["axes"], record["contenders"][record["ours"]]
-        if axes.get("kind") not in ("decode", "prefill") or "seconds" not in found:
-            continue
-        distinct = axes.get("distinct", min(CARD_ENTRIES, 2 * axes["rows"]))
-        batch = Batch(axes["rows"], axes.get("tokens", axes.get("context", 0)), 0, 2, distinct)
-        if axes["kind"] == "decode":
-            count = count_step(shape, pool, replace(batch, new=1))
-        else:
-            count = count_prefill(shape, pool, batch)
-        floor = Card(name, "bf16").floor(count)
-        times = duration(found["seconds"]), duration(floor), f"{found['seconds'] / floor:.2f}"
-        rows.append([record["case"], *times])
-    words = f"Measured on {suite['machine']['card']}, every row its own mixture of two; nothing is fitted."
+    """What a card took for whole models, over the floors of its datasheet."""
+    suite, card, rows = load(RESULTS / file)["suite"], Card(name, "bf16"), []
+    for _, case, count, seconds in card_cases(suite):
+        floor = card.floor(count)
+        rows.append([case, duration(seconds), duration(floor), f"{seconds / floor:.2f}"])
+    words = f"""Measured on {suite["machine"]["card"]}, every row its own mixture of two; floors are the
+datasheet's. `scaling.py ask --suite` takes `benchmarks/results/{file}` too: floors by what the card
+reached in it, times what these cases took over theirs."""
     header = ["case", "measured", "floor", "measured / floor"]
-    return ["## A card against its floors", "", words, "", *table(header, rows)]
+    return ["## A card against its floors", "", *words.splitlines(), "", *table(header, rows)]
 
 
 def panel(axes, title: str, y_label: str) -> None:

@@ -451,12 +451,58 @@ def test_ask_answers_for_a_measured_machine(capsys):
     assert "not measured" in lines_of(printed)["prefill"]
 
 
-def test_ask_refuses_a_result_without_a_pace(capsys, tmp_path):
-    path = tmp_path / "gpu.json"
-    path.write_text(json.dumps(a_result(lambda i: 1.0) | {"results": []}))
+CARD = ROOT / "benchmarks" / "results" / "nvidia_h100_80gb_hbm3.json"
+
+
+def test_ask_answers_for_a_measured_card(capsys):
+    """A case that was measured gets its own time where it is the only one of its phase."""
+    import scaling
+
+    suite = scaling.load(CARD)["suite"]
+    words = ("ask", "--model", "llama7b", "--entries", 12, "--rows", 8, "--tokens", 512, "--top-k", 2)
+    code, printed = run(capsys, *words, "--suite", CARD)
+    lines, (record,) = lines_of(printed), (r for r in suite["results"] if r["axes"]["kind"] == "prefill")
+    assert code == 0 and suite["machine"]["card"] in printed and "fits into 85 GB" in printed
+    assert f"{1e3 * record['contenders']['on']['seconds']:.3g} ms" in lines["prefill"]
+    assert "as measured, cases: 1" in lines["prefill"] and "extrapolated" not in lines["prefill"]
+    assert "as measured, cases: 2; extrapolated" in lines["decoding step"]  # the cache is longer
+    floors = lines_of(run(capsys, *words, "--card", "H100")[1])
+    for phase in ("mixture, decoding", "training step"):  # no case
+        assert "measured" not in lines[phase]
+        ours, sheet = (float(found[phase].split()[3]) for found in (lines, floors))
+        assert ours == pytest.approx(sheet, rel=0.2)  # by measured ceilings
+    printed = run(capsys, *words, "--suite", CARD, "--dtype", "fp32")[1]
+    assert "as measured" not in printed
+
+
+def test_a_cards_training_step_is_of_its_layers():
+    import scaling_ask
+
+    axes = {"kind": "step", "model": "llama-2-7b", "layers": 4, "rows": 8, "tokens": 128, "dtype": "bfloat16"}
+    record = {"case": "a", "axes": axes, "ours": "engine", "contenders": {"engine": {"seconds": 1.0}}}
+    other = record | {"axes": axes | {"model": "smol"}}
+    failed = record | {"contenders": {"engine": {"error": "wrong"}}}
+    ((phase, _, count, seconds),) = scaling_ask.card_cases({"results": [record, other, failed]})
+    layers = replace(scaling_ask.SHAPES["llama7b"], layers=4)
+    assert (phase, seconds) == ("training step", 1.0) and count.frozen == 4 * 8 * 128 * layers.weights
+
+
+def test_files_that_cannot_answer_say_what_is_missing(capsys, tmp_path):
+    path, card = tmp_path / "some.json", json.loads(CARD.read_text())["suite"]
     words = ("ask", "--model", "smol", "--entries", 64, "--suite", path)
-    assert "for a GPU there is --card" in run(capsys, *words)[0]
-    assert "three points" in run(capsys, "check", path)[0]
+
+    def told(result, *words):
+        path.write_text(json.dumps(result))
+        return run(capsys, *words)[0]
+
+    assert "no case with the CPU's pace" in told(a_result(lambda i: 1.0) | {"results": []}, *words)
+    assert "three points" in told(a_result(lambda i: 1.0) | {"results": []}, "check", path)
+    assert "no ceilings, machine, results" in told({}, *words) and "no result" in told([], "check", path)
+    assert "nothing is fitted: see `ask --suite`" in told({"suite": card}, "check", path)
+    empty = card | {"ceilings": {}, "results": []}
+    assert "neither measured ceilings nor model cases in bf16: there is --card H100" in told(empty, *words)
+    unknown = card | {"machine": {"device": "cuda", "card": "RTX 1"}}
+    assert "card RTX 1: there are datasheets of A100, H100" in told(unknown, *words)
 
 
 def test_ask_leaves_out_what_a_model_does_not_do(capsys):
