@@ -122,8 +122,41 @@ def test_serving_says_why_cuda_has_none():
     from suite import serve
     from suite.cases import QUICK
 
-    assert serve.unavailable("cpu") is None and "CPU" in serve.unavailable("cuda")
-    assert list(serve.records(True, "cuda", QUICK)) == []
+    assert "CPU" in serve.unavailable("cuda") and list(serve.records(True, "cuda", QUICK)) == []
+    assert "transformers" in (serve.unavailable("cpu") or "transformers")
+
+
+def test_served_tokens_are_judged_by_the_reference():
+    pytest.importorskip("slm_fast.continuous", exc_type=ImportError)
+    import contenders
+    from suite import serve
+
+    model = contenders.make_engine(contenders.random_llama(32, 64, 2, 4, 64, torch.float32), "all-linear", 8)
+    with torch.no_grad():
+        for factors in model.pool.factors:
+            factors.B *= 50
+    prompts = serve.make_prompts(64, 2)
+    serve.verify(model, prompts)
+    routing = contenders.make_routing(model, 2)
+    loads, judge = serve.everything(model, routing, prompts, 4, float("inf")), serve.Judge(model, prompts, 4)
+    tokens = {name: load() for name, load in loads.items()}
+    frozen, mixed = (judge.check(r, torch.float32) for r in (None, routing))
+    assert frozen(tokens["off"]) is None and frozen(tokens["transformers"]) is None
+    assert mixed(tokens["on"]) is None
+    assert "likeliest" in frozen(tokens["on"]) and "likeliest" in mixed(tokens["off"])
+    assert "likeliest" in mixed(tokens["on"][::-1]) and "lengths" in mixed([row[:-1] for row in tokens["on"]])
+
+
+def test_a_protocol_without_ours_is_recorded():
+    from suite import quality
+
+    joint = {"joint": {"average_accuracy": 0.7, "forgetting": None}}
+    record = quality.as_record({"methods": joint, "tasks": ["a", "b"]}, "joint")
+    assert record["ours"] == "joint" and record["contenders"]["joint"]["average"] == 0.7
+    ours = joint | {"slm": {"average_accuracy": 0.6, "forgetting": 0.1}}
+    run = {"methods": ours, "tasks": ["a"], "routing": {"accuracy": {"a": 0.9, "b": 0.7}}}
+    record = quality.as_record(run, "slm")
+    assert record["ours"] == "slm" and record["contenders"]["slm"]["routing"] == pytest.approx(0.8)
 
 
 def test_the_small_cases_run_under_pytest():

@@ -155,20 +155,24 @@ def update_case(
 
 
 def flat_case(rows: int, device: str) -> Case:
-    """The same picks out of pools of `FLAT` entries: contenders are the pools, ours the smallest."""
-    pools = {entries: Pool(entries, RANK, FEATURES, device) for entries in FLAT}
+    """As many picks out of pools of `FLAT` entries: contenders are the sizes, ours the smallest. The copies
+    of a size are as many entries of a few pools as those of another are of many, none in the caches."""
+    distinct = min(FLAT[0], rows * TOP_K)
+    copies = copies_for(distinct, RANK, device)
     x, y = normal(2, rows, FEATURES, device=device)
     out, contenders = y.clone(), []
-    for entries, pool in pools.items():
-        picked = pool.pick(rows, TOP_K, "distinct", among=FLAT[0])
-        args = pool.arguments(*picked)
-        right = near(exact_update(pool, x, y, *picked), TOLERANCE[x.dtype])
-        run = lambda i, args=args: ops.mixture(out.copy_(y), x, *args)  # noqa: E731
+    for entries in FLAT:
+        apart = entries // FLAT[0]  # batches that a pool has others for
+        pools = [Pool(entries, RANK, FEATURES, device) for _ in range(math.ceil(copies / apart))]
+        first, weights = pools[0].pick(rows, TOP_K, "distinct", among=FLAT[0])
+        args = [pools[i % len(pools)].arguments(first + i // len(pools), weights) for i in range(copies)]
+        right = near(exact_update(pools[0], x, y, first, weights), TOLERANCE[x.dtype])
+        run = lambda i, args=args: ops.mixture(out.copy_(y), x, *args[i])  # noqa: E731
         contenders.append(Contender(f"{entries:,} entries", run, right))
-    distinct = min(FLAT[0], rows * TOP_K)
     axes = {"rows": rows, "distinct": distinct, "kind": "flat"}
     size = x.element_size() * (2 * distinct * RANK * FEATURES + 4 * rows * FEATURES)
     options = dict(bytes=size, operations=4 * rows * TOP_K * RANK * FEATURES, dtype=dtype_name(x.dtype))
+    options["copies"] = copies
     name, ours = f"pools of {FLAT[0]} to {FLAT[-1]:,} entries, {rows} rows", f"{FLAT[0]:,} entries"
     return Case("mixture", name, axes, contenders, ours, **options)
 
