@@ -52,7 +52,8 @@ class Captured:
 
     `prepare` runs first, outside of the graph and on its stream: autograd runs a backward on the stream of
     its forward. What it returns, and `results`, what the work returned for each layer, keep their memory: a
-    replay can be checked after the results were overwritten.
+    replay can be checked after the results were overwritten. `peak_bytes` is the most that the graph's
+    tensors take at once: a replay allocates nothing.
     """
 
     def __init__(
@@ -70,7 +71,10 @@ class Captured:
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
             self.results = [work(layer) for layer in range(layers)]
+            self.peak_bytes = torch.cuda.max_memory_allocated() - before
 
     def __call__(self) -> None:
         self.graph.replay()
