@@ -190,6 +190,39 @@ def test_a_clock_of_cuda_says_what_was_a_graph(monkeypatch):
     assert "graph   peak 300 B" in printed[1] and "eager   peak 70 B" in printed[2]
 
 
+@pytest.mark.parametrize(
+    ("said", "clocks", "printed"),
+    [
+        (
+            "GPU-a, 580.1, 345, 1980, 2619, 2619\nGPU-b, 580.1, 1755, 1980, 1593, 2619\n",
+            [1755, 1980, 1593, 2619],
+            "Card, SM 1,755 of 1,980 MHz, memory 1,593 of 2,619 MHz, driver 580.1, ",
+        ),
+        ("GPU-b, 580.1, 1755, [N/A], [N/A], [N/A]", [1755, None, None, None], "Card, SM 1,755 MHz, driver"),
+        ("NVIDIA-SMI has\nfailed", [None] * 4, "Card, driver unknown: NVIDIA-SMI has failed, "),
+        (FileNotFoundError("no nvidia-smi"), [None] * 4, "Card, driver unknown: no nvidia-smi, "),
+    ],
+    ids=["of its card", "not available", "failed", "absent"],
+)
+def test_the_machine_line_has_the_cards_clocks(monkeypatch, said, clocks, printed):
+    import compare
+    import gpu_timing
+    from suite import machine
+
+    smi = MagicMock(side_effect=[said] if isinstance(said, Exception) else None)
+    smi.return_value.stdout = said
+    monkeypatch.setattr(gpu_timing.subprocess, "run", smi)
+    found = gpu_timing.driver_and_clocks("b")
+    assert [found[name] for name in gpu_timing.CLOCKS] == clocks
+    where = found | dict.fromkeys(("triton", "torch", "transformers", "commit"), "1")
+    where |= {"device": "cuda", "card": "Card"}
+    ceilings = {"copy_bytes_per_second": 1e9, "operations_per_second": {}}
+    assert machine.line(where, ceilings).startswith(printed)
+    older = {name: value for name, value in where.items() if name not in gpu_timing.CLOCKS}
+    assert machine.line(older, ceilings).startswith("Card, driver")
+    assert compare.same_machine({"machine": where}, {"machine": where | {"sm_megahertz": 7}})
+
+
 def test_the_pace_is_measured_beside_a_case():
     from suite.cases import Case, Contender, Effort, measure
 
