@@ -289,6 +289,42 @@ def test_the_first_token_routed_in_the_prefill():
     assert "other entries" in check(paths["on"]())
 
 
+def test_first_tokens_of_a_gpu(minilm, monkeypatch):
+    """On the CPU, with a model of six layers."""
+    import compare
+    from conftest import word_tokenizer
+    from suite import command, first_token, gpu_model, model, page
+    from suite.cases import Effort
+
+    words = ["[PAD]", "[EOS]", "[UNK]", *sorted(set(first_token.VOCABULARY))]
+    base = gpu_model.make_base("cpu", **SMALL | dict(num_hidden_layers=6)).float()
+    monkeypatch.setattr(model.common, "make_base", lambda name: base)
+    monkeypatch.setattr(first_token, "make_tokenizer", lambda: word_tokenizer(words, padding_side="left"))
+    found = list(model.first_tokens("cpu", (2,), Effort(2, 2, 0.0)))
+    assert [set(record["contenders"]) for record in found] == [
+        {"frozen", "on"},
+        {"frozen", "on", "in the prefill"},
+    ]
+    assert all("first_token_seconds" in c for record in found for c in record["contenders"].values())
+    waited = []
+    path = first_token.FirstToken(base, None, ["a city"], wait=lambda: waited.append("device"))
+    for _ in range(2):
+        with path.part("tokenizer"):
+            assert len(waited) == len(path.seconds.get("tokenizer", []))
+    assert len(waited) == 2
+
+    def absent(name):
+        raise OSError(f"the model {name!r} comes with a package")
+
+    monkeypatch.setattr(model, "packaged_model", absent)
+    (record,) = model.first_tokens("cpu", (2,), Effort(2, 2, 0.0))
+    assert "'minilm' comes with a package" in record["contenders"]["on"]["error"]
+    ceilings = {"read_bytes_per_second": 1e9, "operations_per_second": {"float32": 1e11}}
+    assert "comes with a package" in "".join(command.lines(record, ceilings))
+    assert "comes with a package" in page.table([record], ceilings)
+    assert compare.of_suite({"results": [record]}, None) == {}
+
+
 def test_a_mixture_as_one_adapter_a_row():
     from suite import mixture, peers
 
