@@ -3,9 +3,10 @@
 "update" cases time what is added to a finished linear: `slm_fast` (ops.mixture), `torch` (gathered factors
 and batched products) and `dense` (the authors' offsets, sum_k w_k s B_k A_k, built and multiplied row by
 row). "layer" cases time the linear with its mixture: `frozen` is the linear alone, the floor; `peft` its LoRA
-layer with an adapter for each row. "step" cases are forward and backward of the update, for one task's
-entries, row by row; `dense` builds every row's offset. "layer step" cases have the linear too, as `peft` has:
-one LoRA of rank K r for all rows, which is the most that it can train in a batch.
+layer with an adapter for each row; `unsloth` needs "one mixture", the first row's, for all. "step" cases are
+forward and backward of the update, for one task's entries, row by row; `dense` builds every row's offset.
+"layer step" cases have the linear too, as `peft` and `unsloth` have: one LoRA of rank K r for all rows, which
+is the most that they can train in a batch.
 
 Popularity says which of a pool's entries the rows of a batch pick: "distinct" (others for each row, as far as
 there are enough), "uniform" or "zipf" draws, "identical" (all rows the same).
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_fast import ops, reference
-from suite.cases import Case, Contender, Effort, measured, near, reason_of, target
+from suite.cases import Case, Contender, Effort, measured, near, target
 from suite.machine import cache_bytes, dtype_name
-from suite.peers import folded, installed_updates
+from suite.peers import LAYERS, LINEARS, UPDATES, built
 
 FEATURES, TOP_K, RANK = 576, 2, 8  # SmolLM2-135M's width
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -140,7 +141,7 @@ def update_case(
         Contender("dense", dense, one, scale=rows),
     ]
     skipped = {}
-    for peer, run, why in installed_updates(pool, x, y, picks, weights) if length == 1 and x.is_cuda else ():
+    for peer, run, why in built(UPDATES, device, pool, x, y, picks, weights):
         if run is None:
             skipped[peer] = why
         else:
@@ -177,29 +178,12 @@ def flat_case(rows: int, device: str) -> Case:
     return Case("mixture", name, axes, contenders, ours, **options)
 
 
-def peft_layer(pool: Pool, weight: Tensor, indices: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """PEFT's LoRA layer with the rows' mixtures as adapters: factors side by side, weights folded into B."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(*weight.T.shape, bias=False, device=pool.device)})
-    model["linear"].weight = torch.nn.Parameter(weight, requires_grad=False)
-    rank, names = indices.shape[1] * pool.rank, [f"r{row}" for row in range(len(indices))]
-    for name in names:
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
-        model = inject_adapter_in_model(config, model, adapter_name=name)
-    layer = model["linear"]
-    with torch.no_grad():
-        for name, A, B in zip(names, *folded(pool, indices, weights), strict=True):
-            layer.lora_A[name].weight.copy_(A)
-            layer.lora_B[name].weight.copy_(B)
-    layer.eval().requires_grad_(False)
-    return lambda x: layer(x, adapter_names=names)
-
-
-def layer_case(rows: int, device: str, length: int = 1) -> Case:
-    """A linear of rows of `length` tokens."""
+def layer_case(rows: int, device: str, length: int = 1, shared: bool = False) -> Case:
+    """A linear of rows of `length` tokens. shared: all rows have the first one's mixture."""
     pool = Pool(2 * max(rows, 6), RANK, FEATURES, device)
     indices, weights = pool.pick(rows, TOP_K, "distinct")
+    if shared:
+        indices, weights = (t[:1].repeat(rows, 1) for t in (indices, weights))
     tokens = rows * length
     x = normal(tokens, FEATURES, device=device)
     weight = normal(FEATURES, FEATURES, device=device, seed=4) / FEATURES**0.5
@@ -219,15 +203,18 @@ def layer_case(rows: int, device: str, length: int = 1) -> Case:
         Contender("dense", dense, one, scale=rows),
     ]
     skipped = {}
-    try:
-        layer = peft_layer(pool, weight, indices, weights)
-        contenders.append(Contender("peft", lambda _: layer(x.view(rows, length, -1)).view_as(x), right))
-    except Exception as error:  # of a peer
-        skipped["peft"] = reason_of(error)
+    for peer, layer, why in built(LAYERS, device, pool, weight, indices, weights):
+        if layer is None:
+            skipped[peer] = why
+        else:
+            run = lambda _, layer=layer: layer(x.view(rows, length, -1)).view_as(x)  # noqa: E731
+            contenders.append(Contender(peer, run, right))
     axes = {"rows": rows, "length": length, "kind": "layer", "rank": RANK, "top_k": TOP_K}
-    size = x.element_size() * (FEATURES**2 + 2 * rows * TOP_K * RANK * FEATURES + 2 * tokens * FEATURES)
+    distinct = indices.unique().numel()
+    size = x.element_size() * (FEATURES**2 + 2 * distinct * RANK * FEATURES + 2 * tokens * FEATURES)
     operations = 2 * tokens * (FEATURES**2 + 2 * TOP_K * RANK * FEATURES)
     name = f"layer, {rows} rows" if length == 1 else f"layer, {rows} x {length} tokens"
+    name += ", one mixture" if shared else ""
     options = dict(bytes=size, operations=operations, dtype=dtype_name(x.dtype))
     return Case("mixture", name, axes, contenders, skipped=skipped, **options)
 
@@ -286,6 +273,16 @@ class Learnt:
             out = torch.bmm(x, (weight + offsets).mT)
         return self.grads(out.view_as(self.y), self.x, self.A, self.B)
 
+    def one_lora(self, linear: Callable, A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+        """Of a linear with the entries side by side as one LoRA, which `linear` has as A, B."""
+        out = linear(self.x.view(len(self.picks), -1, FEATURES))
+        return self.grads(out.view_as(self.y), self.x, A, B)
+
+    def exact_lora(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The same in fp64, in plain PyTorch."""
+        X, A, B = (t.detach().double().requires_grad_() for t in (self.x, self.A, self.B.T))
+        return self.grads(F.linear(X, weight.double()) + X @ A.T @ B.T, X, A, B)
+
     def exact(self, weight: Tensor | None = None) -> tuple[Tensor, ...]:
         """In fp64, in plain PyTorch."""
         X, A, B = (t.detach().double().requires_grad_() for t in (self.x, self.pool.A, self.pool.B))
@@ -314,23 +311,6 @@ def step_case(rows: int, length: int, device: str) -> Case:
     return Case("mixture", name, axes, contenders, **options)
 
 
-def peft_step(learnt: Learnt, weight: Tensor) -> tuple[Callable, tuple[Tensor, ...]]:
-    """(a call, what it must return): PEFT's layer with one LoRA, the task's four entries side by side."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(*weight.T.shape, bias=False)}).to(weight)
-    model["linear"].weight = torch.nn.Parameter(weight, requires_grad=False)
-    rank, A, B = learnt.top_k * RANK, learnt.A.detach(), learnt.B.detach().T
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
-    layer = inject_adapter_in_model(config, model)["linear"].to(weight.dtype)
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    down.data.copy_(A)
-    up.data.copy_(B)
-    X, A, B = (t.detach().double().requires_grad_() for t in (learnt.x, A, B))
-    exact = learnt.grads(F.linear(X, weight.double()) + X @ A.T @ B.T, X, A, B)
-    return lambda _: learnt.grads(layer(learnt.x), learnt.x, down, up), exact
-
-
 def layer_step_case(rows: int, length: int, device: str) -> Case:
     """Forward and backward of a frozen linear and its update."""
     learnt = Learnt(rows, length, device)
@@ -348,11 +328,12 @@ def layer_step_case(rows: int, length: int, device: str) -> Case:
         Contender("dense", lambda _: learnt.dense(weight), right),
     ]
     skipped = {}
-    try:
-        run, wanted = peft_step(learnt, weight)
-        contenders.append(Contender("peft", run, all_near(wanted, tolerance)))
-    except Exception as error:  # of a peer
-        skipped["peft"] = reason_of(error)
+    for peer, linear, why in built(LINEARS, device, weight, learnt.A.detach(), learnt.B.detach().T):
+        if linear is None:
+            skipped[peer] = why
+        else:
+            run = lambda _, linear=linear: learnt.one_lora(*linear)  # noqa: E731
+            contenders.append(Contender(peer, run, all_near(learnt.exact_lora(weight), tolerance)))
     axes = {"rows": rows, "length": length, "kind": "layer step", "rank": RANK, "top_k": top_k}
     size = x.element_size() * (2 * FEATURES**2 + rows * length * FEATURES * 7)
     operations = rows * length * FEATURES * (4 * FEATURES + 12 * top_k * RANK)
@@ -382,6 +363,8 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
     yield flat_case(8, device)
     for rows, length in ((8, 1),) if quick else ((1, 1), (8, 1), (32, 1), (1, 128), (8, 128)):
         yield layer_case(rows, device, length)
+    if device == "cuda":  # for peers with one LoRA
+        yield layer_case(8, device, 128, shared=True)
     for rows, length in ((8, 128),) if quick else ((8, 32), (8, 128), (32, 128)):
         yield step_case(rows, length, device)
         yield layer_step_case(rows, length, device)
