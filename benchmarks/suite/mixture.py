@@ -231,18 +231,19 @@ def all_near(wanted: Sequence[Tensor], tolerance: float) -> Callable[[Sequence[T
 
 
 class Learnt:
-    """A task's four entries, beside which four others lie, and rows of `length` tokens that mix all four with
-    weights of their own. Forward and backward compute y, dx, and dA, dB of those entries."""
+    """A task's four entries, beside which four others lie, and rows of `length` tokens that mix `top_k` of
+    them with weights of their own. Forward and backward compute y, dx, and dA, dB of those entries."""
 
-    top_k = entries = 4
+    entries = 4
 
-    def __init__(self, rows: int, length: int, device: str) -> None:
-        self.pool = Pool(2 * self.entries, RANK, FEATURES, device)
-        self.owned = (self.entries * RANK, 2 * self.entries * RANK)
+    def __init__(self, rows: int, length: int, device: str, rank: int = RANK, top_k: int = 4) -> None:
+        self.rank, self.top_k = rank, top_k
+        self.pool = Pool(2 * self.entries, rank, FEATURES, device)
+        self.owned = (self.entries * rank, 2 * self.entries * rank)
         self.x = normal(rows * length, FEATURES, device=device).requires_grad_()
         self.y, self.dy = normal(2, rows * length, FEATURES, device=device, seed=4)
         generator = torch.Generator(device).manual_seed(5)
-        self.picks = torch.stack([torch.randperm(self.entries) for _ in range(rows)]).to(device)
+        self.picks = torch.stack([torch.randperm(self.entries)[:top_k] for _ in range(rows)]).to(device)
         self.indices = (self.picks + self.entries).int()
         self.weights = torch.rand(rows, self.top_k, generator=generator, device=device).softmax(-1)
         A, B = (t[slice(*self.owned)].clone() for t in (self.pool.A, self.pool.B))
@@ -255,17 +256,17 @@ class Learnt:
     def ours(self, y: Tensor) -> tuple[Tensor, ...]:
         pool, leaves = self.pool, (self.x, self.A, self.B)
         args = (pool.A, pool.B, pool.start, pool.ranks, pool.scaling, self.indices, self.weights)
-        options = dict(A_owned=self.A, B_owned=self.B, owned=self.owned, max_rank=RANK)
+        options = dict(A_owned=self.A, B_owned=self.B, owned=self.owned, max_rank=self.rank)
         return self.grads(ops.mixture(y, self.x, *args, **options), *leaves)
 
     def gathered(self, y: Tensor) -> tuple[Tensor, ...]:
-        out = row_products(self.A, self.B, RANK, self.x, y, self.picks, self.weights)
+        out = row_products(self.A, self.B, self.rank, self.x, y, self.picks, self.weights)
         return self.grads(out, self.x, self.A, self.B)
 
     def dense(self, weight: Tensor | None = None) -> tuple[Tensor, ...]:
         """The authors' offset of every row, [rows, out, in], added to the linear's weight or to y."""
-        A, B = (t.view(self.entries, RANK, -1)[self.picks].flatten(1, 2) for t in (self.A, self.B))
-        scaled = B * self.weights.repeat_interleave(RANK, 1)[..., None].to(B.dtype)
+        A, B = (t.view(self.entries, self.rank, -1)[self.picks].flatten(1, 2) for t in (self.A, self.B))
+        scaled = B * self.weights.repeat_interleave(self.rank, 1)[..., None].to(B.dtype)
         offsets, x = torch.bmm(scaled.mT, A), self.x.view(len(self.picks), -1, FEATURES)
         if weight is None:
             out = torch.baddbmm(self.y.view_as(x), x, offsets.mT)
@@ -293,20 +294,20 @@ class Learnt:
         return out, dx, dA[slice(*self.owned)], dB[slice(*self.owned)]
 
 
-def step_case(rows: int, length: int, device: str) -> Case:
+def step_case(rows: int, length: int, device: str, rank: int = RANK, top_k: int = 4) -> Case:
     """Forward and backward of the update."""
-    learnt = Learnt(rows, length, device)
-    x, top_k = learnt.x, learnt.top_k
+    learnt = Learnt(rows, length, device, rank, top_k)
+    x = learnt.x
     right = all_near(learnt.exact(), TOLERANCE[x.dtype])
     contenders = [
         Contender("slm_fast", lambda _: learnt.ours(learnt.y.clone()), right),
         Contender("torch", lambda _: learnt.gathered(learnt.y), right),
         Contender("dense", lambda _: learnt.dense(), right),
     ]
-    axes = {"rows": rows, "length": length, "kind": "step", "rank": RANK, "top_k": top_k}
+    axes = {"rows": rows, "length": length, "kind": "step", "rank": rank, "top_k": top_k}
     size = x.element_size() * rows * length * FEATURES * 7
-    operations = 12 * rows * length * top_k * RANK * FEATURES
-    name = f"forward and backward, {rows} x {length} tokens, r={RANK}, K={top_k}"
+    operations = 12 * rows * length * top_k * rank * FEATURES
+    name = f"forward and backward, {rows} x {length} tokens, r={rank}, K={top_k}"
     options = dict(bytes=size, operations=operations, dtype=dtype_name(x.dtype))
     return Case("mixture", name, axes, contenders, **options)
 
@@ -354,12 +355,13 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
     decode += [(32, 64, RANK, TOP_K, popularity) for popularity in popular]
     for rows, entries, rank, top_k, popularity in decode:
         yield update_case(rows, 1, entries, rank, top_k, popularity, device)
-    prefill = [(8, 128, RANK, "distinct")]
+    prefill = [(8, 128, RANK, TOP_K, "distinct")]
     if not quick:
-        prefill += [(rows, length, RANK, "distinct") for rows, length in ((1, 128), (8, 32), (8, 512))]
-        prefill += [(8, 128, RANK, "zipf"), (8, 128, RANK, "identical"), (8, 128, 64, "distinct")]
-    for rows, length, rank, popularity in prefill:
-        yield update_case(rows, length, 64, rank, TOP_K, popularity, device)
+        prefill += [(rows, length, RANK, TOP_K, "distinct") for rows, length in ((1, 128), (8, 32), (8, 512))]
+        prefill += [(8, 128, RANK, TOP_K, popularity) for popularity in ("zipf", "identical")]
+        prefill += [(8, 128, 64, TOP_K, "distinct"), (8, 128, RANK, 4, "distinct")]
+    for rows, length, rank, top_k, popularity in prefill:
+        yield update_case(rows, length, 64, rank, top_k, popularity, device)
     yield flat_case(8, device)
     for rows, length in ((8, 1),) if quick else ((1, 1), (8, 1), (32, 1), (1, 128), (8, 128)):
         yield layer_case(rows, device, length)
@@ -368,6 +370,8 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
     for rows, length in ((8, 128),) if quick else ((8, 32), (8, 128), (32, 128)):
         yield step_case(rows, length, device)
         yield layer_step_case(rows, length, device)
+    for rank, top_k in () if quick else ((32, 4), (RANK, 1)):
+        yield step_case(8, 128, device, rank, top_k)
 
 
 def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
