@@ -35,7 +35,9 @@ bench: .venv/installed
 audit: .venv/installed
 	env -u TRITON_INTERPRET .venv/bin/python benchmarks/audit.py
 
-# On a machine with a GPU, in a Python that has PyTorch and Triton; ARGS='--quick', ARGS='--op mixture'.
+# On a machine with a GPU, in a Python (GPU_PYTHON) with PyTorch for CUDA, Triton and the package's dependencies.
+# gpu-check builds with nvcc, a C++17 compiler, pybind11, cmake and ninja and runs pytest and peft; what more it
+# uses, .github/workflows/gpu.yml lists. Nothing is installed. ARGS='--quick', ARGS='--op mixture'.
 gpu-check:
 	$(or $(GPU_PYTHON),python3) benchmarks/gpu_check.py $(ARGS)
 

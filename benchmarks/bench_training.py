@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from bench_memory import reset_peak, resident
 from contenders import RANK, TARGET_NAMES, TARGETS, TOP_K
 from cpu_timing import interleaved, machine, report
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from slm_fast import Routing, SLMConfig, SLMModel, get_slm_model
@@ -134,6 +133,8 @@ def engine_step(model: SLMModel, routing: Routing, ids: Tensor) -> Step:
 
 def peft_step(base: torch.nn.Module, targets, rank: int, ids: Tensor, start: dict | None = None) -> Step:
     """`start`: {linear: (A, B)} of one entry."""
+    from peft import LoraConfig, get_peft_model
+
     names = list(TARGET_NAMES) if targets == "all-linear" else targets
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules=names)).train()
     for name, (A, B) in (start or {}).items():

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import LoraConfig, get_peft_model
 from suite.cases import reason_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -89,6 +88,8 @@ def make_routing(model: SLMModel, rows: int) -> Routing:
 @torch.no_grad()
 def make_peft(base: torch.nn.Module, model: SLMModel, targets, routing: Routing) -> torch.nn.Module:
     """PEFT with an adapter for each row: the row's two entries side by side, weights folded into B."""
+    from peft import LoraConfig, get_peft_model
+
     names = list(TARGET_NAMES) if targets == "all-linear" else targets
     config = LoraConfig(r=TOP_K * RANK, lora_alpha=TOP_K * RANK, target_modules=names)
     peft_model = get_peft_model(base, config, adapter_name="r0")
@@ -184,11 +185,15 @@ def factor_features(model: SLMModel) -> int:
     return sum(f.A.shape[1] + f.B.shape[1] for f in model.pool.factors)
 
 
-def exact_forward(model: SLMModel, routing: Routing | None) -> Callable:
-    """The reference ops on an fp32 copy of everything."""
+def exact_copy(model: SLMModel) -> SLMModel:
+    """Everything in fp32, with the reference ops."""
     exact = copy.deepcopy(model).float()
     exact.pool.config.backend = "reference"
-    return engine_forward(exact, routing)
+    return exact
+
+
+def exact_forward(model: SLMModel, routing: Routing | None) -> Callable:
+    return engine_forward(exact_copy(model), routing)
 
 
 def make_prompt(vocab: int, rows: int, length: int) -> torch.Tensor:

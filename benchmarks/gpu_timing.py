@@ -11,6 +11,12 @@ from torch import Tensor
 
 # Of the largest wanted value: what a result may be off by beyond twice the error of plain PyTorch.
 TINY = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+CLOCKS = {  # of a card, in MHz, as nvidia-smi names them
+    "sm_megahertz": "clocks.sm",
+    "sm_megahertz_max": "clocks.max.sm",
+    "memory_megahertz": "clocks.mem",
+    "memory_megahertz_max": "clocks.max.mem",
+}
 Clock = Callable[[Callable[[], object], int], float]
 
 
@@ -52,7 +58,8 @@ class Captured:
 
     `prepare` runs first, outside of the graph and on its stream: autograd runs a backward on the stream of
     its forward. What it returns, and `results`, what the work returned for each layer, keep their memory: a
-    replay can be checked after the results were overwritten.
+    replay can be checked after the results were overwritten. `peak_bytes` is the most that the graph's
+    tensors take at once: a replay allocates nothing.
     """
 
     def __init__(
@@ -70,7 +77,10 @@ class Captured:
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
             self.results = [work(layer) for layer in range(layers)]
+            self.peak_bytes = torch.cuda.max_memory_allocated() - before
 
     def __call__(self) -> None:
         self.graph.replay()
@@ -126,23 +136,36 @@ def matmul_rate(rounds: int = 20, size: int = 8192, dtype: torch.dtype = torch.b
     return 2 * size**3 / statistics.median(samples)
 
 
+def driver_and_clocks(uuid: str) -> dict:
+    """The driver and `CLOCKS`, now and at most, of the card of that UUID, or of the first one; None where a
+    clock cannot be read."""
+    fields = ",".join(("uuid", "driver_version", *CLOCKS.values()))
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    rows = [[value.strip() for value in line.split(",")] for line in said.splitlines()]
+    rows = [row for row in rows if len(row) == 2 + len(CLOCKS)]
+    if not rows:
+        return {"driver": f"unknown: {' '.join(said.split())}"} | dict.fromkeys(CLOCKS)
+    _, driver, *clocks = next((row for row in rows if uuid in row[0]), rows[0])
+    read = [int(clock) if clock.isdecimal() else None for clock in clocks]
+    return {"driver": driver} | dict(zip(CLOCKS, read, strict=True))
+
+
 def machine() -> dict:
-    """What the numbers were measured on."""
+    """What the numbers were measured on; its clocks before the first of them."""
     import triton
 
     properties = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        driver = f"unknown: {error}"
     return {
         "card": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": l2_bytes(),
-        "driver": driver,
+        **driver_and_clocks(str(properties.uuid)),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -339,12 +339,13 @@ def of_suite(section: str, columns: dict[str, str], **having) -> str:
 def suite_search() -> str:
     columns = {"slm_fast": "slm_fast", "slm_fast, no codes": "without codes", "torch": "PyTorch"}
     columns |= {"faiss flat": "FAISS flat", "faiss hnsw": "HNSW", "faiss ivf": "IVF"}
-    return of_suite("search", columns, queries=(1, 16, 256), dim=(384,))
+    return of_suite("search", columns)
 
 
 def suite_mixture() -> str:
     columns = {"slm_fast": "slm_fast", "torch": "PyTorch", "dense": "dense offsets", "peft": "PEFT"}
-    return of_suite("mixture", columns | {"frozen": "the linear alone"}, kind=("update", "layer", "step"))
+    kinds = ("update", "layer", "step", "layer step")  # pools of all sizes are among the targets
+    return of_suite("mixture", columns | {"frozen": "the linear alone"}, kind=kinds)
 
 
 def suite_serve() -> str:

@@ -182,9 +182,9 @@ class Whitened(nn.Module):
         """Lower factor of S + lambda I, cached until the statistics change."""
         if self._factor is None or self._factor.device != self.scatter.device:
             cov, ridge = self.covariance()
-            self._factor = torch.linalg.cholesky(
-                cov.double() + ridge * torch.eye(len(cov), device=cov.device)
-            )
+            cov = cov.double()
+            cov.diagonal().add_(ridge)
+            self._factor = torch.linalg.cholesky(cov)
         return self._factor
 
     def query_transform(self) -> dict:

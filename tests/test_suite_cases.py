@@ -1,4 +1,5 @@
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -139,28 +140,87 @@ def test_rates_are_shares_of_the_dtypes_ceiling():
     assert machine.product_rate({"operations_per_second": {"bfloat16": 1e9}}, "float32") is None
 
 
+class Allocator:
+    """CUDA's, as far as peaks go; tensors of a graph are allocated at its capture alone."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.peak = 1000, 5000
+        calls = dict(memory_allocated=lambda: self.now, max_memory_allocated=lambda: self.peak)
+        calls |= dict(reset_peak_memory_stats=self.reset, synchronize=lambda: None)
+        calls |= {name: lambda *_, **__: MagicMock() for name in ("Stream", "current_stream", "stream")}
+        calls |= {name: lambda *_, **__: MagicMock() for name in ("CUDAGraph", "graph")}
+        for name, call in calls.items():
+            monkeypatch.setattr(torch.cuda, name, call)
+
+    def reset(self):
+        self.peak = self.now
+
+    def call(self, most, kept=0):
+        """Takes `most` bytes for a while and keeps some of them."""
+        self.peak = max(self.peak, self.now + most)
+        self.now += kept
+
+
 def test_a_clock_of_cuda_says_what_was_a_graph(monkeypatch):
-    from suite import command, memory
+    from gpu_timing import Captured
+    from suite import command
     from suite.cases import Case, Effort, contenders_of, measure
 
+    allocator, clock = Allocator(monkeypatch), Recorded({"ours": [1.0] * 4, "peer": [1.0] * 4})
+    clock.name = "events"
+
     class Replayed:
-        replay = object()
+        def __init__(self):
+            self.replay = Captured(lambda _: allocator.call(300, kept=100), 1, lambda: allocator.call(900))
 
         def __call__(self):
+            self.replay()
             return "ours"
 
-    clock = Recorded({"ours": [1.0] * 4, "peer": [1.0] * 4})
-    clock.name = "events"
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(memory.torch.cuda, name, lambda: None)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(memory.torch.cuda, name, lambda: 7)
-    runs = contenders_of({"ours": Replayed(), "peer": lambda: "peer"})
+    def eager():
+        allocator.call(70)
+        return "peer"
+
+    runs = contenders_of({"ours": Replayed(), "peer": eager})
     record = measure(Case("s", "c", {}, runs, "ours"), Effort(3, 3, 0.0), clock)
-    assert [record["contenders"][name]["graph"] for name in ("ours", "peer")] == [True, False]
+    found = [record["contenders"][name] for name in ("ours", "peer")]
+    assert [(of["graph"], of["peak_bytes"]) for of in found] == [(True, 300), (False, 70)]
     ceilings = {"read_bytes_per_second": 1e9, "operations_per_second": {"float32": 1e11}}
     printed = list(command.lines(record, ceilings))
-    assert "graph" in printed[1] and "eager" in printed[2] and "peak 0 B" in printed[1]
+    assert "graph   peak 300 B" in printed[1] and "eager   peak 70 B" in printed[2]
+
+
+@pytest.mark.parametrize(
+    ("said", "clocks", "printed"),
+    [
+        (
+            "GPU-a, 580.1, 345, 1980, 2619, 2619\nGPU-b, 580.1, 1755, 1980, 1593, 2619\n",
+            [1755, 1980, 1593, 2619],
+            "Card, SM 1,755 of 1,980 MHz, memory 1,593 of 2,619 MHz, driver 580.1, ",
+        ),
+        ("GPU-b, 580.1, 1755, [N/A], [N/A], [N/A]", [1755, None, None, None], "Card, SM 1,755 MHz, driver"),
+        ("NVIDIA-SMI has\nfailed", [None] * 4, "Card, driver unknown: NVIDIA-SMI has failed, "),
+        (FileNotFoundError("no nvidia-smi"), [None] * 4, "Card, driver unknown: no nvidia-smi, "),
+    ],
+    ids=["of its card", "not available", "failed", "absent"],
+)
+def test_the_machine_line_has_the_cards_clocks(monkeypatch, said, clocks, printed):
+    import compare
+    import gpu_timing
+    from suite import machine
+
+    smi = MagicMock(side_effect=[said] if isinstance(said, Exception) else None)
+    smi.return_value.stdout = said
+    monkeypatch.setattr(gpu_timing.subprocess, "run", smi)
+    found = gpu_timing.driver_and_clocks("b")
+    assert [found[name] for name in gpu_timing.CLOCKS] == clocks
+    where = found | dict.fromkeys(("triton", "torch", "transformers", "commit"), "1")
+    where |= {"device": "cuda", "card": "Card"}
+    ceilings = {"copy_bytes_per_second": 1e9, "operations_per_second": {}}
+    assert machine.line(where, ceilings).startswith(printed)
+    older = {name: value for name, value in where.items() if name not in gpu_timing.CLOCKS}
+    assert machine.line(older, ceilings).startswith("Card, driver")
+    assert compare.same_machine({"machine": where}, {"machine": where | {"sm_megahertz": 7}})
 
 
 def test_the_pace_is_measured_beside_a_case():

@@ -122,8 +122,41 @@ def test_serving_says_why_cuda_has_none():
     from suite import serve
     from suite.cases import QUICK
 
-    assert serve.unavailable("cpu") is None and "CPU" in serve.unavailable("cuda")
-    assert list(serve.records(True, "cuda", QUICK)) == []
+    assert "CPU" in serve.unavailable("cuda") and list(serve.records(True, "cuda", QUICK)) == []
+    assert "transformers" in (serve.unavailable("cpu") or "transformers")
+
+
+def test_served_tokens_are_judged_by_the_reference():
+    pytest.importorskip("slm_fast.continuous", exc_type=ImportError)
+    import contenders
+    from suite import serve
+
+    model = contenders.make_engine(contenders.random_llama(32, 64, 2, 4, 64, torch.float32), "all-linear", 8)
+    with torch.no_grad():
+        for factors in model.pool.factors:
+            factors.B *= 50
+    prompts = serve.make_prompts(64, 2)
+    serve.verify(model, prompts)
+    routing = contenders.make_routing(model, 2)
+    loads, judge = serve.everything(model, routing, prompts, 4, float("inf")), serve.Judge(model, prompts, 4)
+    tokens = {name: load() for name, load in loads.items()}
+    frozen, mixed = (judge.check(r, torch.float32) for r in (None, routing))
+    assert frozen(tokens["off"]) is None and frozen(tokens["transformers"]) is None
+    assert mixed(tokens["on"]) is None
+    assert "likeliest" in frozen(tokens["on"]) and "likeliest" in mixed(tokens["off"])
+    assert "likeliest" in mixed(tokens["on"][::-1]) and "lengths" in mixed([row[:-1] for row in tokens["on"]])
+
+
+def test_a_protocol_without_ours_is_recorded():
+    from suite import quality
+
+    joint = {"joint": {"average_accuracy": 0.7, "forgetting": None}}
+    record = quality.as_record({"methods": joint, "tasks": ["a", "b"]}, "joint")
+    assert record["ours"] == "joint" and record["contenders"]["joint"]["average"] == 0.7
+    ours = joint | {"slm": {"average_accuracy": 0.6, "forgetting": 0.1}}
+    run = {"methods": ours, "tasks": ["a"], "routing": {"accuracy": {"a": 0.9, "b": 0.7}}}
+    record = quality.as_record(run, "slm")
+    assert record["ours"] == "slm" and record["contenders"]["slm"]["routing"] == pytest.approx(0.8)
 
 
 def test_the_small_cases_run_under_pytest():
@@ -289,6 +322,42 @@ def test_the_first_token_routed_in_the_prefill():
     assert "other entries" in check(paths["on"]())
 
 
+def test_first_tokens_of_a_gpu(minilm, monkeypatch):
+    """On the CPU, with a model of six layers."""
+    import compare
+    from conftest import word_tokenizer
+    from suite import command, first_token, gpu_model, model, page
+    from suite.cases import Effort
+
+    words = ["[PAD]", "[EOS]", "[UNK]", *sorted(set(first_token.VOCABULARY))]
+    base = gpu_model.make_base("cpu", **SMALL | dict(num_hidden_layers=6)).float()
+    monkeypatch.setattr(model.common, "make_base", lambda name: base)
+    monkeypatch.setattr(first_token, "make_tokenizer", lambda: word_tokenizer(words, padding_side="left"))
+    found = list(model.first_tokens("cpu", (2,), Effort(2, 2, 0.0)))
+    assert [set(record["contenders"]) for record in found] == [
+        {"frozen", "on"},
+        {"frozen", "on", "in the prefill"},
+    ]
+    assert all("first_token_seconds" in c for record in found for c in record["contenders"].values())
+    waited = []
+    path = first_token.FirstToken(base, None, ["a city"], wait=lambda: waited.append("device"))
+    for _ in range(2):
+        with path.part("tokenizer"):
+            assert len(waited) == len(path.seconds.get("tokenizer", []))
+    assert len(waited) == 2
+
+    def absent(name):
+        raise OSError(f"the model {name!r} comes with a package")
+
+    monkeypatch.setattr(model, "packaged_model", absent)
+    (record,) = model.first_tokens("cpu", (2,), Effort(2, 2, 0.0))
+    assert "'minilm' comes with a package" in record["contenders"]["on"]["error"]
+    ceilings = {"read_bytes_per_second": 1e9, "operations_per_second": {"float32": 1e11}}
+    assert "comes with a package" in "".join(command.lines(record, ceilings))
+    assert "comes with a package" in page.table([record], ceilings)
+    assert compare.of_suite({"results": [record]}, None) == {}
+
+
 def test_a_mixture_as_one_adapter_a_row():
     from suite import mixture, peers
 
@@ -301,14 +370,141 @@ def test_a_mixture_as_one_adapter_a_row():
     torch.testing.assert_close(got, mixture.exact_update(pool, x, y, indices, weights), atol=1e-4, rtol=1e-4)
 
 
+PACKAGES = {
+    "vllm/lora/ops/triton_ops.py": """
+import torch
+
+class LoRAKernelMeta:
+    @staticmethod
+    def make(max_loras, max_num_tokens, device):
+        meta = LoRAKernelMeta()
+        meta.sizes = max_loras, max_num_tokens
+        return meta
+
+    def prepare_tensors(self, mapping):
+        assert (int(mapping.max()) + 1, len(mapping)) == self.sizes and mapping.dtype == torch.int32
+        self.mapping = mapping.long()
+
+    def meta_args(self, num_tokens, specialise):
+        return (self.mapping[:num_tokens],)
+
+def lora_shrink(x, A, u, mapping, scaling):
+    u[0] = scaling * torch.einsum("ti,tri->tr", x, A[0][mapping])
+
+def lora_expand(u, B, out, mapping, offset_start, add_inputs):
+    assert add_inputs and offset_start == 0
+    out += torch.einsum("tr,tor->to", u[0], B[0][mapping])
+""",
+    "sglang/srt/lora/utils.py": """
+import dataclasses
+
+LoRABatchInfo = dataclasses.make_dataclass(
+    "LoRABatchInfo", ["bs", "seg_lens", "seg_indptr", "max_len", "weight_indices", "lora_ranks", "scalings"]
+)
+""",
+    "sglang/srt/lora/triton_ops.py": """
+import torch
+
+def sgemm_lora_a_fwd(x, weights, info):
+    assert info.bs == len(info.weight_indices) and int(info.seg_indptr[-1]) == len(x)
+    assert info.max_len == int(info.seg_lens.max()) and weights.shape[1] == int(info.lora_ranks[0])
+    assert torch.equal(info.seg_indptr.diff(), info.seg_lens) and bool((info.scalings == 1).all())
+    adapter = info.weight_indices.long().repeat_interleave(info.seg_lens.long())
+    return torch.einsum("ti,tri->tr", x, weights[adapter])
+
+def sgemm_lora_b_fwd(u, weights, info, base_output):
+    adapter = info.weight_indices.long().repeat_interleave(info.seg_lens.long())
+    return base_output.add_(torch.einsum("tr,tor->to", u, weights[adapter]))
+""",
+    "unsloth/kernels/utils.py": """
+import os
+
+assert os.environ["UNSLOTH_IS_PRESENT"]
+os.environ["CHANGED_BY_UNSLOTH"] = "1"
+
+def matmul_lora(X, W, W_quant, A, B, s, out=None):
+    return X @ W.t() + s * (X @ A.t() @ B.t())
+""",
+    "unsloth/kernels/fast_lora.py": """
+import torch
+from .utils import matmul_lora
+
+class LoRA_W(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, X, W, W_quant, A, B, S):
+        ctx.save_for_backward(X, W, A, B)
+        return matmul_lora(X, W, W_quant, A, B, S)
+
+    @staticmethod
+    def backward(ctx, dY):
+        X, W, A, B = ctx.saved_tensors
+        batch, seq_len, hd = X.shape
+        flat, X = dY.reshape(-1, dY.shape[-1]), X.reshape(-1, hd)
+        dX = flat @ W + flat @ B @ A
+        return dX.view(batch, seq_len, hd), None, None, (flat @ B).t() @ X, flat.t() @ (X @ A.t()), None
+""",
+    "unsloth/__init__.py": "raise RuntimeError('the start of unsloth changes other packages')",
+    "unsloth/kernels/__init__.py": "raise RuntimeError('it patches them here too')",
+}
+
+
+@pytest.fixture
+def other_systems(tmp_path, monkeypatch):
+    """Packages with the interfaces that the peers use, in plain PyTorch, on the CPU."""
+    from suite import peers
+
+    before = set(sys.modules)
+    for path, source in PACKAGES.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(peers, "ON_CUDA", ())
+    yield
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("vllm", "sglang", "unsloth"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("length", [1, 5], ids=["decode", "prefill"])
+def test_kernels_of_serving_systems_know_the_adapter_of_every_token(other_systems, length):
+    from suite import mixture
+
+    case = mixture.update_case(3, length, 16, 8, 2, "uniform", "cpu")
+    assert case.skipped == {}
+    assert [c.name for c in case.contenders] == ["slm_fast", "torch", "dense", "vllm", "sglang"]
+    for contender in case.contenders:
+        assert contender.check(contender.run(0)) is None, contender.name
+
+
+def test_unsloth_takes_part_where_rows_share_one_lora(other_systems, monkeypatch):
+    import os
+
+    from suite import mixture
+
+    environment = dict(os.environ)
+    case = mixture.layer_case(3, "cpu", 5)
+    assert case.skipped == {"unsloth": "ValueError: it has one LoRA for all rows"}
+    for case in (mixture.layer_case(3, "cpu", 5, shared=True), mixture.layer_step_case(3, 8, "cpu")):
+        assert case.skipped == {} and case.contenders[-1].name == "unsloth"
+        for contender in case.contenders:
+            assert contender.check(contender.run(0)) is None, (case.name, contender.name)
+    assert os.environ == environment
+    asked = []
+    monkeypatch.setattr(mixture, "layer_case", lambda *args, **options: asked.append((args, options)))
+    for name in ("update_case", "step_case", "layer_step_case", "flat_case"):
+        monkeypatch.setattr(mixture, name, lambda *_: None)
+    list(mixture.cases(True, "cuda"))
+    assert asked == [((8, "cuda", 1), {}), ((8, "cuda", 128), {"shared": True})]
+
+
 def test_a_peer_that_cannot_be_built_is_named(monkeypatch):
     from suite import peers
 
     def changed(*_):
         raise TypeError("meta_args() missing an argument")
 
-    monkeypatch.setattr(
-        peers, "UPDATES", {"json": lambda *_: "update", "csv": changed, "no_such_peer": changed}
-    )
-    found = list(peers.installed_updates())
-    assert found == [("json", "update", ""), ("csv", None, "TypeError: meta_args() missing an argument")]
+    monkeypatch.setattr(peers, "ON_CUDA", ("csv", "no_such_peer"))
+    makers = {"json": lambda *_: "update", "csv": changed, "no_such_peer": changed}
+    found = [("json", "update", ""), ("csv", None, "TypeError: meta_args() missing an argument")]
+    assert list(peers.built(makers, "cuda")) == [*found, ("no_such_peer", None, "not installed")]
+    assert list(peers.built(makers, "cpu")) == found[:1]

@@ -12,9 +12,10 @@ A record of a case holds
     contenders        {name: numbers}; `seconds` is the median, `low` and `high` the 20% and 80% quantiles,
                       and `ratio`, `ratio_low`, `ratio_high` the same of (its seconds / ours) by pairs: the
                       two samples of a round drift together. `peak_bytes`: see `memory.py`; of the call
-                      that was verified. `graph`, on CUDA: whether a call replays a graph. `error` instead:
-                      why it has no time. Ours also has `bytes_per_second`, `operations_per_second` and
-                      their shares of the machine's ceilings, see `machine.rates`
+                      that was verified, or of a graph's capture. `graph`, on CUDA: whether a call
+                      replays a graph. `error` instead: why it has no time. Ours also has
+                      `bytes_per_second`, `operations_per_second` and their shares of the machine's
+                      ceilings, see `machine.rates`
 
 Times are of one call; where a contender does a part of the work (one row of many), `scale` made it whole.
 """
@@ -43,7 +44,7 @@ PAUSE = 0.003  # libraries with OpenMP pools of their own spin for a while after
 class Contender:
     """`run(i)` does the work on the i-th copy of the inputs; `check(result)` says why a result is wrong, or
     None. `numbers(result)` go into the record as they are: recall, bytes in memory. graph: `run` replays a
-    CUDA graph."""
+    CUDA graph, whose capture took `peak_bytes`."""
 
     name: str
     run: Callable[[int], object]
@@ -51,6 +52,7 @@ class Contender:
     numbers: Callable[[object], dict] | None = None
     scale: float = 1.0
     graph: bool = False
+    peak_bytes: int | None = None
 
 
 @dataclass
@@ -77,14 +79,14 @@ class Case:
 def contenders_of(
     calls: dict[str, Callable], rows: int = 1, wrong: dict[str, str] | None = None
 ) -> list[Contender]:
-    """Of calls without arguments; `dense` answers one of the `rows`. wrong: {contender: why it must not be
-    timed}, whether it has a call or not."""
+    """Of calls without arguments; `dense` answers one of the `rows`. Graphs have a `replay`, as
+    `gpu_timing.Captured`. wrong: {contender: why it must not be timed}, whether it has a call or not."""
     found = []
     for name in dict.fromkeys([*calls, *(wrong or {})]):
         call, reason = calls.get(name), (wrong or {}).get(name)
-        options = dict(
-            scale=rows if name == "dense" else 1.0, graph=getattr(call, "replay", None) is not None
-        )
+        options = dict(scale=rows if name == "dense" else 1.0)
+        if (replay := getattr(call, "replay", None)) is not None:
+            options |= dict(graph=True, peak_bytes=replay.peak_bytes)
         if reason is None:
             found.append(Contender(name, lambda _, call=call: call(), **options))
         else:
@@ -207,7 +209,7 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
                 first[contender.name] = time.perf_counter() - begin
             reason = contender.check(result) if contender.check else None
             numbers = contender.numbers(result) if contender.numbers else {}
-            numbers["peak_bytes"] = peak.bytes
+            numbers["peak_bytes"] = contender.peak_bytes if contender.graph else peak.bytes
             del result
         except Exception as error:  # a peer's failure is a finding; ours is raised below
             reason, numbers = reason_of(error), {}

@@ -30,7 +30,7 @@ EPILOG = """\
 sections, and how long they take in full mode on two cores:
   search   key search over pool size and queries, and a new task's metric; 7 minutes. Peers: PyTorch, faiss
   mixture  a linear's update: decoding, prefill, forward and backward; 3 minutes. Peers: PyTorch, the authors'
-           dense offsets, peft; on CUDA the kernels of vllm and sglang
+           dense offsets, peft; on CUDA the kernels of vllm, sglang and unsloth
   model    decoding, prefill, a training step, time to first token, memory; 25 minutes. Peers: the frozen
            model, dense offsets, peft
   serve    requests that arrive over time, on the CPU; 6 minutes. Peer: transformers' continuous batching

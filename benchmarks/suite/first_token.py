@@ -1,10 +1,11 @@
-"""From texts to the logits of the first answer: what a user waits for, on the CPU.
+"""From texts to the logits of the first answer: what a user waits for.
 
     frozen         texts -> tokenizer -> prefill
     on             texts -> encoder -> key search -> routing; tokenizer -> prefill with every row's mixture
     in the prefill texts -> tokenizer -> prefill, whose first layers are the query, with every row's mixture
 
-SmolLM2-135M with its own tokenizer, queries by all-MiniLM-L6-v2, whose memory of texts is not asked. Cases
+SmolLM2-135M with its own tokenizer, in bf16 on CUDA; queries by all-MiniLM-L6-v2, which runs on the CPU as in
+every model and whose memory of texts is not asked. On CUDA every part ends when the device has done it. Cases
 "routed in the prefill" have queries of the model's first half, mixtures in its other half and texts as
 prompts; there `on` makes the query in a pass of its own, and both must find the same entries. The
 logits must be those of fp32 models that get each row by itself, without padding, and for `on` the routing as
@@ -29,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from slm_fast import Routing, SLMConfig, get_slm_model
 from slm_fast.loading import packaged_model, with_pad_token
 from slm_fast.prompts import encode_prompts
-from suite.cases import Case, Contender, Effort, measure
+from suite.cases import Case, Contender, Effort, clock_of, measure
 from suite.machine import dtype_name
 
 OURS, PREFILL, WORDS = "on", "in the prefill", 64  # words of a text
@@ -69,23 +70,33 @@ def make_model(base: nn.Module, entries: int, tokenizer=None):
     model.pool.factors.to(base.dtype)
     for factors in model.pool.factors:
         factors.B.copy_(0.02 * torch.randn(factors.B.shape, generator=generator))
-    return model
+    return model.to(base.device)
 
 
 class FirstToken:
     """A contender: a call returns the logits [rows, vocab] and keeps how long its parts took.
 
-    tokenize: texts -> inputs of `forward`.  model: whose encoder routes the texts first.
+    tokenize: texts -> inputs of `forward`.  model: whose encoder routes the texts first.  wait: until the
+    device has done a part.
     """
 
-    def __init__(self, forward: Callable, tokenize: Callable, texts: list[str], model=None) -> None:
+    def __init__(
+        self,
+        forward: Callable,
+        tokenize: Callable,
+        texts: list[str],
+        model=None,
+        wait: Callable[[], object] | None = None,
+    ) -> None:
         self.forward, self.tokenize, self.texts, self.model = forward, tokenize, texts, model
+        self.wait = wait or (lambda: None)
         self.seconds: dict[str, list[float]] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
+        self.wait()
         self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
 
     @torch.inference_mode()
@@ -99,7 +110,8 @@ class FirstToken:
         with self.part("tokenizer"):
             inputs = self.tokenize(self.texts)
         with self.part("prefill"):
-            return self.forward(**inputs, **options, logits_to_keep=1).logits[:, -1]
+            logits = self.forward(**inputs, **options, logits_to_keep=1).logits[:, -1]
+        return logits
 
     def numbers(self) -> dict[str, float]:
         """Medians of all calls but the first, which is none of the rounds."""
@@ -128,12 +140,12 @@ def exact_logits(model, routing: Routing, tokenize: Callable, texts: list[str]) 
 
 def case(base: nn.Module, model, tokenizer, rows: int) -> tuple[Case, dict[str, FirstToken]]:
     """The case and its contenders by name."""
-    texts, prefills = make_texts(rows), model.slm_config.route_in_prefill
+    texts, prefills, device = make_texts(rows), model.slm_config.route_in_prefill, base.device
 
     def tokenize(texts: list[str]) -> dict[str, Tensor]:
         if prefills:
-            return encode_prompts(tokenizer, texts, MAX_LENGTH, False)
-        return tokenizer(texts, padding=True, return_tensors="pt")
+            return encode_prompts(tokenizer, texts, MAX_LENGTH, False).to(device)
+        return tokenizer(texts, padding=True, return_tensors="pt").to(device)
 
     found = model.route(texts)
     routing = Routing.make(found.indices, found.weights, pool_version=model.pool.version)
@@ -148,16 +160,17 @@ def case(base: nn.Module, model, tokenizer, rows: int) -> tuple[Case, dict[str, 
 
         return check
 
+    wait = torch.cuda.synchronize if device.type == "cuda" else None
     paths = {
-        "frozen": FirstToken(base, tokenize, texts),
-        OURS: FirstToken(model, tokenize, texts, model),
+        "frozen": FirstToken(base, tokenize, texts, wait=wait),
+        OURS: FirstToken(model, tokenize, texts, model, wait),
     }
     contenders = [
         Contender("frozen", lambda _: paths["frozen"](), right(plain)),
         Contender(OURS, lambda _: paths[OURS](), right(mixed)),
     ]
     if prefills:
-        paths[PREFILL] = FirstToken(model, tokenize, texts)
+        paths[PREFILL] = FirstToken(model, tokenize, texts, wait=wait)
 
         def as_routed(got: Tensor) -> str | None:
             if not torch.equal(model.last_routing.indices, found.indices):
@@ -174,13 +187,13 @@ def case(base: nn.Module, model, tokenizer, rows: int) -> tuple[Case, dict[str, 
 
 
 def records(base: nn.Module, counts: tuple[int, ...], effort: Effort) -> Iterator[dict]:
-    """`first_token_seconds` is `seconds` by its name."""
+    """Of a base where it is. `first_token_seconds` is `seconds` by its name."""
     tokenizer = make_tokenizer()
     for prefills in (False, True):
         model = make_model(base, ENTRIES["smol"], tokenizer if prefills else None)
         for rows in counts:
             made, paths = case(base, model, tokenizer, rows)
-            record = measure(made, effort)
+            record = measure(made, effort, clock_of(base.device.type))
             for name, path in paths.items():
                 found = record["contenders"][name]
                 if "seconds" in found:

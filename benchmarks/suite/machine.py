@@ -205,6 +205,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def gpu_clocks(machine: dict) -> str:
+    """Those that were read, with what they are at most; older results have none."""
+    text = ""
+    for name, what in (("SM", "sm"), ("memory", "memory")):
+        if (now := machine.get(f"{what}_megahertz")) is not None:
+            most = machine[f"{what}_megahertz_max"]
+            text += f", {name} {now:,}{'' if most is None else f' of {most:,}'} MHz"
+    return text
+
+
 def line(machine: dict, ceilings: dict) -> str:
     """The machine in words."""
     rates = ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in ceilings["operations_per_second"].items())
@@ -212,7 +222,8 @@ def line(machine: dict, ceilings: dict) -> str:
     if "read_bytes_per_second" in ceilings:
         speeds.insert(0, f"read {ceilings['read_bytes_per_second'] / 1e9:,.1f} GB/s")
     if machine["device"] == "cuda":
-        where = f"{machine['card']}, driver {machine['driver']}, triton {machine['triton']}"
+        where = f"{machine['card']}{gpu_clocks(machine)}, driver {machine['driver']}"
+        where += f", triton {machine['triton']}"
     else:
         clock = f", {machine['megahertz']:,.0f} MHz" if machine.get("megahertz") else ""
         where = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}{clock}"

@@ -1,7 +1,8 @@
 """The memory that a call takes at most, beyond what was allocated before it.
 
 On CUDA the caching allocator's peak, which is exact for tensors and blind to the CUDA context and to what
-libraries allocate by themselves. On Linux the growth of the process's resident memory: pages of 4 kB that the
+libraries allocate by themselves; of a CUDA graph that of its capture, since a replay allocates nothing. On
+Linux the growth of the process's resident memory: pages of 4 kB that the
 call touched first. Blocks that fit into pages in use do not show in it, and what a first call sets up once
 (buffers of libraries, stacks of threads) does: below some megabytes it is no more than an order of
 magnitude. Elsewhere there is none.

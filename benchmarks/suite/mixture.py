@@ -3,9 +3,10 @@
 "update" cases time what is added to a finished linear: `slm_fast` (ops.mixture), `torch` (gathered factors
 and batched products) and `dense` (the authors' offsets, sum_k w_k s B_k A_k, built and multiplied row by
 row). "layer" cases time the linear with its mixture: `frozen` is the linear alone, the floor; `peft` its LoRA
-layer with an adapter for each row. "step" cases are forward and backward of the update, for one task's
-entries, row by row; `dense` builds every row's offset. "layer step" cases have the linear too, as `peft` has:
-one LoRA of rank K r for all rows, which is the most that it can train in a batch.
+layer with an adapter for each row; `unsloth` needs "one mixture", the first row's, for all. "step" cases are
+forward and backward of the update, for one task's entries, row by row; `dense` builds every row's offset.
+"layer step" cases have the linear too, as `peft` and `unsloth` have: one LoRA of rank K r for all rows, which
+is the most that they can train in a batch.
 
 Popularity says which of a pool's entries the rows of a batch pick: "distinct" (others for each row, as far as
 there are enough), "uniform" or "zipf" draws, "identical" (all rows the same).
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_fast import ops, reference
-from suite.cases import Case, Contender, Effort, measured, near, reason_of, target
+from suite.cases import Case, Contender, Effort, measured, near, target
 from suite.machine import cache_bytes, dtype_name
-from suite.peers import folded, installed_updates
+from suite.peers import LAYERS, LINEARS, UPDATES, built
 
 FEATURES, TOP_K, RANK = 576, 2, 8  # SmolLM2-135M's width
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -140,7 +141,7 @@ def update_case(
         Contender("dense", dense, one, scale=rows),
     ]
     skipped = {}
-    for peer, run, why in installed_updates(pool, x, y, picks, weights) if length == 1 and x.is_cuda else ():
+    for peer, run, why in built(UPDATES, device, pool, x, y, picks, weights):
         if run is None:
             skipped[peer] = why
         else:
@@ -155,47 +156,34 @@ def update_case(
 
 
 def flat_case(rows: int, device: str) -> Case:
-    """The same picks out of pools of `FLAT` entries: contenders are the pools, ours the smallest."""
-    pools = {entries: Pool(entries, RANK, FEATURES, device) for entries in FLAT}
+    """As many picks out of pools of `FLAT` entries: contenders are the sizes, ours the smallest. The copies
+    of a size are as many entries of a few pools as those of another are of many, none in the caches."""
+    distinct = min(FLAT[0], rows * TOP_K)
+    copies = copies_for(distinct, RANK, device)
     x, y = normal(2, rows, FEATURES, device=device)
     out, contenders = y.clone(), []
-    for entries, pool in pools.items():
-        picked = pool.pick(rows, TOP_K, "distinct", among=FLAT[0])
-        args = pool.arguments(*picked)
-        right = near(exact_update(pool, x, y, *picked), TOLERANCE[x.dtype])
-        run = lambda i, args=args: ops.mixture(out.copy_(y), x, *args)  # noqa: E731
+    for entries in FLAT:
+        apart = entries // FLAT[0]  # batches that a pool has others for
+        pools = [Pool(entries, RANK, FEATURES, device) for _ in range(math.ceil(copies / apart))]
+        first, weights = pools[0].pick(rows, TOP_K, "distinct", among=FLAT[0])
+        args = [pools[i % len(pools)].arguments(first + i // len(pools), weights) for i in range(copies)]
+        right = near(exact_update(pools[0], x, y, first, weights), TOLERANCE[x.dtype])
+        run = lambda i, args=args: ops.mixture(out.copy_(y), x, *args[i])  # noqa: E731
         contenders.append(Contender(f"{entries:,} entries", run, right))
-    distinct = min(FLAT[0], rows * TOP_K)
     axes = {"rows": rows, "distinct": distinct, "kind": "flat"}
     size = x.element_size() * (2 * distinct * RANK * FEATURES + 4 * rows * FEATURES)
     options = dict(bytes=size, operations=4 * rows * TOP_K * RANK * FEATURES, dtype=dtype_name(x.dtype))
+    options["copies"] = copies
     name, ours = f"pools of {FLAT[0]} to {FLAT[-1]:,} entries, {rows} rows", f"{FLAT[0]:,} entries"
     return Case("mixture", name, axes, contenders, ours, **options)
 
 
-def peft_layer(pool: Pool, weight: Tensor, indices: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """PEFT's LoRA layer with the rows' mixtures as adapters: factors side by side, weights folded into B."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(*weight.T.shape, bias=False, device=pool.device)})
-    model["linear"].weight = torch.nn.Parameter(weight, requires_grad=False)
-    rank, names = indices.shape[1] * pool.rank, [f"r{row}" for row in range(len(indices))]
-    for name in names:
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
-        model = inject_adapter_in_model(config, model, adapter_name=name)
-    layer = model["linear"]
-    with torch.no_grad():
-        for name, A, B in zip(names, *folded(pool, indices, weights), strict=True):
-            layer.lora_A[name].weight.copy_(A)
-            layer.lora_B[name].weight.copy_(B)
-    layer.eval().requires_grad_(False)
-    return lambda x: layer(x, adapter_names=names)
-
-
-def layer_case(rows: int, device: str, length: int = 1) -> Case:
-    """A linear of rows of `length` tokens."""
+def layer_case(rows: int, device: str, length: int = 1, shared: bool = False) -> Case:
+    """A linear of rows of `length` tokens. shared: all rows have the first one's mixture."""
     pool = Pool(2 * max(rows, 6), RANK, FEATURES, device)
     indices, weights = pool.pick(rows, TOP_K, "distinct")
+    if shared:
+        indices, weights = (t[:1].repeat(rows, 1) for t in (indices, weights))
     tokens = rows * length
     x = normal(tokens, FEATURES, device=device)
     weight = normal(FEATURES, FEATURES, device=device, seed=4) / FEATURES**0.5
@@ -215,15 +203,18 @@ def layer_case(rows: int, device: str, length: int = 1) -> Case:
         Contender("dense", dense, one, scale=rows),
     ]
     skipped = {}
-    try:
-        layer = peft_layer(pool, weight, indices, weights)
-        contenders.append(Contender("peft", lambda _: layer(x.view(rows, length, -1)).view_as(x), right))
-    except Exception as error:  # of a peer
-        skipped["peft"] = reason_of(error)
+    for peer, layer, why in built(LAYERS, device, pool, weight, indices, weights):
+        if layer is None:
+            skipped[peer] = why
+        else:
+            run = lambda _, layer=layer: layer(x.view(rows, length, -1)).view_as(x)  # noqa: E731
+            contenders.append(Contender(peer, run, right))
     axes = {"rows": rows, "length": length, "kind": "layer", "rank": RANK, "top_k": TOP_K}
-    size = x.element_size() * (FEATURES**2 + 2 * rows * TOP_K * RANK * FEATURES + 2 * tokens * FEATURES)
+    distinct = indices.unique().numel()
+    size = x.element_size() * (FEATURES**2 + 2 * distinct * RANK * FEATURES + 2 * tokens * FEATURES)
     operations = 2 * tokens * (FEATURES**2 + 2 * TOP_K * RANK * FEATURES)
     name = f"layer, {rows} rows" if length == 1 else f"layer, {rows} x {length} tokens"
+    name += ", one mixture" if shared else ""
     options = dict(bytes=size, operations=operations, dtype=dtype_name(x.dtype))
     return Case("mixture", name, axes, contenders, skipped=skipped, **options)
 
@@ -240,18 +231,19 @@ def all_near(wanted: Sequence[Tensor], tolerance: float) -> Callable[[Sequence[T
 
 
 class Learnt:
-    """A task's four entries, beside which four others lie, and rows of `length` tokens that mix all four with
-    weights of their own. Forward and backward compute y, dx, and dA, dB of those entries."""
+    """A task's four entries, beside which four others lie, and rows of `length` tokens that mix `top_k` of
+    them with weights of their own. Forward and backward compute y, dx, and dA, dB of those entries."""
 
-    top_k = entries = 4
+    entries = 4
 
-    def __init__(self, rows: int, length: int, device: str) -> None:
-        self.pool = Pool(2 * self.entries, RANK, FEATURES, device)
-        self.owned = (self.entries * RANK, 2 * self.entries * RANK)
+    def __init__(self, rows: int, length: int, device: str, rank: int = RANK, top_k: int = 4) -> None:
+        self.rank, self.top_k = rank, top_k
+        self.pool = Pool(2 * self.entries, rank, FEATURES, device)
+        self.owned = (self.entries * rank, 2 * self.entries * rank)
         self.x = normal(rows * length, FEATURES, device=device).requires_grad_()
         self.y, self.dy = normal(2, rows * length, FEATURES, device=device, seed=4)
         generator = torch.Generator(device).manual_seed(5)
-        self.picks = torch.stack([torch.randperm(self.entries) for _ in range(rows)]).to(device)
+        self.picks = torch.stack([torch.randperm(self.entries)[:top_k] for _ in range(rows)]).to(device)
         self.indices = (self.picks + self.entries).int()
         self.weights = torch.rand(rows, self.top_k, generator=generator, device=device).softmax(-1)
         A, B = (t[slice(*self.owned)].clone() for t in (self.pool.A, self.pool.B))
@@ -264,23 +256,33 @@ class Learnt:
     def ours(self, y: Tensor) -> tuple[Tensor, ...]:
         pool, leaves = self.pool, (self.x, self.A, self.B)
         args = (pool.A, pool.B, pool.start, pool.ranks, pool.scaling, self.indices, self.weights)
-        options = dict(A_owned=self.A, B_owned=self.B, owned=self.owned, max_rank=RANK)
+        options = dict(A_owned=self.A, B_owned=self.B, owned=self.owned, max_rank=self.rank)
         return self.grads(ops.mixture(y, self.x, *args, **options), *leaves)
 
     def gathered(self, y: Tensor) -> tuple[Tensor, ...]:
-        out = row_products(self.A, self.B, RANK, self.x, y, self.picks, self.weights)
+        out = row_products(self.A, self.B, self.rank, self.x, y, self.picks, self.weights)
         return self.grads(out, self.x, self.A, self.B)
 
     def dense(self, weight: Tensor | None = None) -> tuple[Tensor, ...]:
         """The authors' offset of every row, [rows, out, in], added to the linear's weight or to y."""
-        A, B = (t.view(self.entries, RANK, -1)[self.picks].flatten(1, 2) for t in (self.A, self.B))
-        scaled = B * self.weights.repeat_interleave(RANK, 1)[..., None].to(B.dtype)
+        A, B = (t.view(self.entries, self.rank, -1)[self.picks].flatten(1, 2) for t in (self.A, self.B))
+        scaled = B * self.weights.repeat_interleave(self.rank, 1)[..., None].to(B.dtype)
         offsets, x = torch.bmm(scaled.mT, A), self.x.view(len(self.picks), -1, FEATURES)
         if weight is None:
             out = torch.baddbmm(self.y.view_as(x), x, offsets.mT)
         else:
             out = torch.bmm(x, (weight + offsets).mT)
         return self.grads(out.view_as(self.y), self.x, self.A, self.B)
+
+    def one_lora(self, linear: Callable, A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+        """Of a linear with the entries side by side as one LoRA, which `linear` has as A, B."""
+        out = linear(self.x.view(len(self.picks), -1, FEATURES))
+        return self.grads(out.view_as(self.y), self.x, A, B)
+
+    def exact_lora(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The same in fp64, in plain PyTorch."""
+        X, A, B = (t.detach().double().requires_grad_() for t in (self.x, self.A, self.B.T))
+        return self.grads(F.linear(X, weight.double()) + X @ A.T @ B.T, X, A, B)
 
     def exact(self, weight: Tensor | None = None) -> tuple[Tensor, ...]:
         """In fp64, in plain PyTorch."""
@@ -292,39 +294,22 @@ class Learnt:
         return out, dx, dA[slice(*self.owned)], dB[slice(*self.owned)]
 
 
-def step_case(rows: int, length: int, device: str) -> Case:
+def step_case(rows: int, length: int, device: str, rank: int = RANK, top_k: int = 4) -> Case:
     """Forward and backward of the update."""
-    learnt = Learnt(rows, length, device)
-    x, top_k = learnt.x, learnt.top_k
+    learnt = Learnt(rows, length, device, rank, top_k)
+    x = learnt.x
     right = all_near(learnt.exact(), TOLERANCE[x.dtype])
     contenders = [
         Contender("slm_fast", lambda _: learnt.ours(learnt.y.clone()), right),
         Contender("torch", lambda _: learnt.gathered(learnt.y), right),
         Contender("dense", lambda _: learnt.dense(), right),
     ]
-    axes = {"rows": rows, "length": length, "kind": "step", "rank": RANK, "top_k": top_k}
+    axes = {"rows": rows, "length": length, "kind": "step", "rank": rank, "top_k": top_k}
     size = x.element_size() * rows * length * FEATURES * 7
-    operations = 12 * rows * length * top_k * RANK * FEATURES
-    name = f"forward and backward, {rows} x {length} tokens, r={RANK}, K={top_k}"
+    operations = 12 * rows * length * top_k * rank * FEATURES
+    name = f"forward and backward, {rows} x {length} tokens, r={rank}, K={top_k}"
     options = dict(bytes=size, operations=operations, dtype=dtype_name(x.dtype))
     return Case("mixture", name, axes, contenders, **options)
-
-
-def peft_step(learnt: Learnt, weight: Tensor) -> tuple[Callable, tuple[Tensor, ...]]:
-    """(a call, what it must return): PEFT's layer with one LoRA, the task's four entries side by side."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(*weight.T.shape, bias=False)}).to(weight)
-    model["linear"].weight = torch.nn.Parameter(weight, requires_grad=False)
-    rank, A, B = learnt.top_k * RANK, learnt.A.detach(), learnt.B.detach().T
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
-    layer = inject_adapter_in_model(config, model)["linear"].to(weight.dtype)
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    down.data.copy_(A)
-    up.data.copy_(B)
-    X, A, B = (t.detach().double().requires_grad_() for t in (learnt.x, A, B))
-    exact = learnt.grads(F.linear(X, weight.double()) + X @ A.T @ B.T, X, A, B)
-    return lambda _: learnt.grads(layer(learnt.x), learnt.x, down, up), exact
 
 
 def layer_step_case(rows: int, length: int, device: str) -> Case:
@@ -344,11 +329,12 @@ def layer_step_case(rows: int, length: int, device: str) -> Case:
         Contender("dense", lambda _: learnt.dense(weight), right),
     ]
     skipped = {}
-    try:
-        run, wanted = peft_step(learnt, weight)
-        contenders.append(Contender("peft", run, all_near(wanted, tolerance)))
-    except Exception as error:  # of a peer
-        skipped["peft"] = reason_of(error)
+    for peer, linear, why in built(LINEARS, device, weight, learnt.A.detach(), learnt.B.detach().T):
+        if linear is None:
+            skipped[peer] = why
+        else:
+            run = lambda _, linear=linear: learnt.one_lora(*linear)  # noqa: E731
+            contenders.append(Contender(peer, run, all_near(learnt.exact_lora(weight), tolerance)))
     axes = {"rows": rows, "length": length, "kind": "layer step", "rank": RANK, "top_k": top_k}
     size = x.element_size() * (2 * FEATURES**2 + rows * length * FEATURES * 7)
     operations = rows * length * FEATURES * (4 * FEATURES + 12 * top_k * RANK)
@@ -369,18 +355,23 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
     decode += [(32, 64, RANK, TOP_K, popularity) for popularity in popular]
     for rows, entries, rank, top_k, popularity in decode:
         yield update_case(rows, 1, entries, rank, top_k, popularity, device)
-    prefill = [(8, 128, RANK, "distinct")]
+    prefill = [(8, 128, RANK, TOP_K, "distinct")]
     if not quick:
-        prefill += [(rows, length, RANK, "distinct") for rows, length in ((1, 128), (8, 32), (8, 512))]
-        prefill += [(8, 128, RANK, "zipf"), (8, 128, RANK, "identical"), (8, 128, 64, "distinct")]
-    for rows, length, rank, popularity in prefill:
-        yield update_case(rows, length, 64, rank, TOP_K, popularity, device)
+        prefill += [(rows, length, RANK, TOP_K, "distinct") for rows, length in ((1, 128), (8, 32), (8, 512))]
+        prefill += [(8, 128, RANK, TOP_K, popularity) for popularity in ("zipf", "identical")]
+        prefill += [(8, 128, 64, TOP_K, "distinct"), (8, 128, RANK, 4, "distinct")]
+    for rows, length, rank, top_k, popularity in prefill:
+        yield update_case(rows, length, 64, rank, top_k, popularity, device)
     yield flat_case(8, device)
     for rows, length in ((8, 1),) if quick else ((1, 1), (8, 1), (32, 1), (1, 128), (8, 128)):
         yield layer_case(rows, device, length)
+    if device == "cuda":  # for peers with one LoRA
+        yield layer_case(8, device, 128, shared=True)
     for rows, length in ((8, 128),) if quick else ((8, 32), (8, 128), (32, 128)):
         yield step_case(rows, length, device)
         yield layer_step_case(rows, length, device)
+    for rank, top_k in () if quick else ((32, 4), (RANK, 1)):
+        yield step_case(8, 128, device, rank, top_k)
 
 
 def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:

@@ -3,7 +3,7 @@
 Contenders are those of `contenders.py`, verified against an fp32 copy, but for `frozen fp32`, which is one;
 a peer that is wrong has no time. While decoding and in prefill `dense` answers one row, its time counts for
 all. SmolLM2-135M, all linears, every row its own mixture; in full mode also two layers of LLaMA-2-7B's shape.
-"first token" cases begin with texts, see `first_token.py`.
+On a GPU the cases of `gpu_model.py`. "first token" cases begin with texts, see `first_token.py`.
 """
 
 import copy
@@ -19,8 +19,9 @@ import torch
 from contenders import ENTRIES, RANK, TOP_K
 from torch import nn
 
+from slm_fast.loading import packaged_model
 from suite import first_token, gpu_model
-from suite.cases import Case, Effort, contenders_of, measure, measured, target
+from suite.cases import Case, Effort, clock_of, contenders_of, measure, measured, reason_of, target
 from suite.machine import dtype_name, natural_dtype
 
 OURS = "on"
@@ -95,10 +96,24 @@ def memory_record(name: str, rows: int, rounds: int, repeats: int) -> dict:
     return record | {"bytes": None, "operations": None, "clock": "none", "contenders": numbers}
 
 
+def first_tokens(device: str, counts: tuple[int, ...], effort: Effort) -> Iterator[dict]:
+    """On a GPU; one record that says why where the models' packages, or GGUF's, are not installed."""
+    try:
+        packaged_model("minilm")
+        base = common.make_base("smol").to(device)
+    except (OSError, ImportError) as error:
+        axes, skipped = {"kind": "first_token", "model": "smol"}, {OURS: reason_of(error)}
+        case = Case("model", "first token, smol", axes, [], OURS, skipped=skipped)
+        yield measure(case, effort, clock_of(device))
+        return
+    yield from first_token.records(base, counts, effort)
+
+
 def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
-    """On a GPU those of `gpu_model.py`; `bench_gpu_ops.py` measures the linears of a model there."""
+    """`bench_gpu_ops.py` measures the linears of a model on a GPU."""
     if device != "cpu":
         yield from map(tokens_per_second, measured(gpu_model.cases(quick, device), device, effort))
+        yield from first_tokens(device, (1,) if quick else (1, 8), effort)
         return
     for name in ("smol",) if quick else ("smol", "7b"):
         base = common.make_base(name)

@@ -1,8 +1,9 @@
 """Serving under load: requests that arrive over time, answered by continuous batching.
 
 `transformers` is the frozen model in transformers' own continuous batching, `off` the engine with every
-request on the frozen model, `on` with a mixture of its own for each request. Before anything is timed, the
-engine in fp32 must give a batch's requests the tokens that each gets alone. Arrivals are a Poisson process;
+request on the frozen model, `on` with a mixture of its own for each request. Tokens must be those that the
+reference ops find likeliest for each request alone (`Judge`), the engine's in fp32 before anything is timed,
+and in the dtype that is timed. Arrivals are a Poisson process;
 at rate infinity all requests are there at once, and `tokens_per_second` is the most that the machine gives:
 "load" is the share of `on`'s at which requests come.
 
@@ -22,14 +23,15 @@ import torch
 from contenders import TARGETS
 from transformers import GenerationConfig
 
-from slm_fast.continuous import batching_config
 from slm_fast.routing import Routing
 from suite.cases import Case, Contender, Effort, measure, quantiles
 from suite.machine import dtype_name, natural_dtype
 
 PROMPTS, ENTRIES = (16, 48), 64  # the shortest and the longest prompt in tokens; of the pool
 OURS, CUDA = "on", "cuda"
+CONTENDERS = ("transformers", "off", OURS)
 LOADS = (0.25, 0.5, 0.9)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def make_prompts(vocab: int, count: int) -> list[list[int]]:
@@ -90,6 +92,8 @@ def at_share(values: list[float], percent: int) -> float:
 
 def everything(model, routing: Routing, prompts: list, new_tokens: int, rate: float) -> dict[str, Load]:
     """The loads of the engine, pool off and on, and of transformers."""
+    from slm_fast.continuous import batching_config
+
     frozen = copy.deepcopy(model).unload()
     config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1)
     sizes = batching_config(model, None, [(len(prompt), new_tokens) for prompt in prompts])
@@ -106,31 +110,62 @@ def everything(model, routing: Routing, prompts: list, new_tokens: int, rate: fl
 
     off = model.pool.fixed_routing(["__base__"] * len(prompts))
     args = (prompts, new_tokens, rate)
-    return {
-        "transformers": Load(plain, *args),
-        "off": Load(routed, *args, off),
-        "on": Load(routed, *args, routing),
-    }
+    loads = Load(plain, *args), Load(routed, *args, off), Load(routed, *args, routing)
+    return dict(zip(CONTENDERS, loads, strict=True))
+
+
+class Judge:
+    """Whether tokens continue their prompts greedily: by the reference ops in fp32, each request alone, the
+    logit of each lies below the largest by at most a share `TOLERANCE` of the largest magnitude."""
+
+    def __init__(self, model, prompts: list[list[int]], new_tokens: int) -> None:
+        self.exact, self.prompts, self.new_tokens = common.exact_copy(model), prompts, new_tokens
+        self.known: dict[tuple, float] = {}  # of what was judged
+
+    @torch.inference_mode()
+    def off(self, row: int, tokens: list[int], routing: Routing | None) -> float:
+        """How far the worst of a request's tokens lies below, as a share of the largest magnitude."""
+        if (key := (row, routing is None, *tokens)) not in self.known:
+            forward = common.engine_forward(self.exact, None if routing is None else routing.rows([row]))
+            ids = torch.tensor([self.prompts[row] + tokens])
+            logits = forward(input_ids=ids).logits[0, len(self.prompts[row]) - 1 : -1]
+            below = logits.amax(1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            self.known[key] = float((below / logits.abs().amax(1)).max())
+        return self.known[key]
+
+    def check(self, routing: Routing | None, dtype: torch.dtype) -> Callable[[list[list[int]]], str | None]:
+        """Says what is wrong with the tokens of all requests. routing: None for the frozen model."""
+
+        def wrong(tokens: list[list[int]]) -> str | None:
+            lengths = [len(row) for row in tokens]
+            if lengths != [self.new_tokens] * len(self.prompts):
+                return f"wrong result: lengths {lengths}, wanted {self.new_tokens} each"
+            worst = max(self.off(row, found, routing) for row, found in enumerate(tokens))
+            if worst <= TOLERANCE[dtype]:
+                return None
+            return f"wrong result: a token {worst:.1e} below the likeliest, allowed {TOLERANCE[dtype]:.0e}"
+
+        return wrong
 
 
 @torch.inference_mode()
 def verify(model, prompts: list[list[int]], new_tokens: int = 6) -> None:
-    """Raises SystemExit unless, in fp32, requests in one batch get the tokens that each gets alone."""
+    """Raises SystemExit unless the engine in fp32 gives a batch's requests the tokens of the reference."""
     exact = copy.deepcopy(model).float()
     routing = common.make_routing(exact, len(prompts))
     together = everything(exact, routing, prompts, new_tokens, math.inf)["on"]()
-    for row, prompt in enumerate(prompts):
-        ids, options = torch.tensor([prompt]), dict(max_new_tokens=new_tokens, do_sample=False)
-        options |= dict(attention_mask=torch.ones_like(ids), eos_token_id=-1, pad_token_id=0)
-        alone = exact.generate(input_ids=ids, routing=routing.rows([row]), **options)
-        if (alone := alone[0, len(prompt) :].tolist()) != together[row]:
-            raise SystemExit(f"request {row}: {together[row]} in a batch, {alone} alone; nothing is timed")
+    if reason := Judge(exact, prompts, new_tokens).check(routing, torch.float32)(together):
+        raise SystemExit(f"{reason}; nothing is timed")
 
 
 def unavailable(device: str) -> str | None:
     """Why nothing is measured there, or None."""
     if device == CUDA:
         return "measured on the CPU alone: the engine's continuous batching refuses CUDA graphs"
+    try:
+        import slm_fast.continuous  # noqa: F401
+    except ImportError as error:  # an older transformers
+        return str(error)
     return None
 
 
@@ -145,15 +180,14 @@ def records(quick: bool, device: str, effort: Effort) -> Iterator[dict]:
     verify(model, prompts[:3])
     routing, most = common.make_routing(model, count), math.inf  # requests per second
     effort = Effort(2, 3 if quick else 5, effort.seconds)
-
-    def right(tokens):
-        lengths = [len(row) for row in tokens]
-        return None if lengths == [new_tokens] * count else f"lengths {lengths}, wanted {new_tokens} each"
-
+    judge = Judge(model, prompts, new_tokens)
+    right = {name: judge.check(routing if name == OURS else None, base.dtype) for name in CONTENDERS}
     for load in (None, 0.5) if quick else (None, *LOADS):
         rate = math.inf if load is None else load * most
         loads = everything(model, routing, prompts, new_tokens, rate)
-        contenders = [Contender(name, lambda _, sent=sent: sent(), right) for name, sent in loads.items()]
+        contenders = [
+            Contender(name, lambda _, sent=sent: sent(), right[name]) for name, sent in loads.items()
+        ]
         axes = {"requests": count, "new_tokens": new_tokens, "dtype": dtype_name(base.dtype)}
         if load is None:
             axes |= {"arrivals": "at once", "rate": None}
