@@ -288,7 +288,7 @@ def compare(before: dict, after: dict, least: float = 0.03) -> tuple[list[str], 
     if not (both := old.keys() & new.keys()) and not gone:
         raise NothingInCommon("no case in common")
     rows, bad = [], bool(gone)
-    for name in both:
+    for name in sorted(both):
         a, b = old[name], new[name]
         grown = float("inf") if b.value == float("inf") else b.value / a.value - 1 if a.value else b.value
         if a.value == float("inf"):

@@ -138,8 +138,8 @@ def mixture_parts(record: dict, speed: Speed, slower: dict) -> Iterator[Part]:
     if kind == "update" and axes["length"] == 1:
         sizes = axes["rows"], axes["distinct"], axes["rank"], axes["top_k"]
         yield Part(UPDATE, ours, update_features(*sizes, speed))
-    elif kind == "flat":  # of one batch again and again: no factor comes from memory
-        found = update_features(axes["rows"], 0, **ENTRIES_OF_FLAT, speed=speed)
+    elif kind == "flat":
+        found = update_features(axes["rows"], axes["distinct"], **ENTRIES_OF_FLAT, speed=speed)
         yield from (Part(UPDATE, pool, found) for pool in record["contenders"])
     elif kind == "update":
         work = speed.work(record["operations"]), speed.moved(record["bytes"])
