@@ -43,6 +43,10 @@ class Step:
 
     def __init__(self, forward: Callable, config: LlamaConfig, prompt: Tensor, graph: bool) -> None:
         self.forward, self.cache = forward, StaticCache(config=config, max_cache_len=CONTEXT)
+        if not hasattr(self.cache.layers[0], "cumulative_length"):
+            raise RuntimeError(
+                f"decoding needs the cache of transformers 5.17; this is {transformers.__version__}"
+            )
         self.token, self.replay = prompt[:, :1].clone(), None
         self.position = torch.full((1, 1), prompt.shape[1], device=prompt.device)
         with torch.inference_mode():
