@@ -67,7 +67,8 @@ class SLMConfig:
             task was learnt, to the bit; "softmax", "similarity" or "uniform" over the entries. None is "task"
             with averaged keys, which differ by noise alone, and "softmax" with others.
         temperature: of the softmax, in units of the score. None lets the metric choose; "auto" (whitened,
-            "task") fits it when a task is learnt, on a part of its texts held out against the tasks known.
+            "task") fits it when a task is learnt, on a part of its texts held out against the tasks known;
+            what was measured against a task goes with it.
         twin_share: whitened: the share of a row's weight that its best task hands on to its near-duplicates,
             tasks with the same labels of which each could hold the other's texts: in equal parts, less to one
             that was learnt from fewer texts, in proportion. Their heads answer in these shares too. 0: none.
