@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -55,13 +56,15 @@ class BackboneEncoder(Encoder):
         self.model, self.name_or_path, self.in_prefill = base, "backbone", in_prefill
         self._tokenizer = None if tokenizer is None else self._private(tokenizer)
         backbone = backbone_of(base)
-        config, self.num_layers = backbone.config, len(layer_list(backbone)[1])
+        self.hidden_size, self.num_layers = backbone.config.hidden_size, len(layer_list(backbone)[1])
+        self.layers = self._chosen(query_layers)
+        self._limit_length(backbone.config)
+        self._frozen: tuple[tuple, nn.Module, dict[int, Tensor]] | None = None  # see `_twin`
+
+    def _chosen(self, query_layers: list[int] | str) -> list[int]:
         if query_layers == "auto":
-            self.layers = auto_layers(self.num_layers, config.hidden_size)
-        else:
-            self.layers = choose_layers(query_layers, self.num_layers, config.hidden_size)
-        self._limit_length(config)
-        self._frozen: tuple[list[int], nn.Module, dict[int, Tensor]] | None = None  # see `_twin`
+            return auto_layers(self.num_layers, self.hidden_size)
+        return choose_layers(query_layers, self.num_layers, self.hidden_size)
 
     @property
     def cost(self) -> float:
@@ -91,6 +94,13 @@ class BackboneEncoder(Encoder):
             raise ValueError("queries of prompts (route_in_prefill) are not kept on disk")
         return super().keep_in(folder)
 
+    def _weights(self) -> Iterable[Tensor]:
+        return self._twin()[0].parameters()
+
+    def _identity(self) -> str:
+        prompt = self.tokenizer.chat_template if self.in_prefill else None
+        return f"{super()._identity()} {self.model.dtype} {self.in_prefill} {prompt}"
+
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_frozen": None}
 
@@ -110,30 +120,32 @@ class BackboneEncoder(Encoder):
         states = [F.normalize(state.float(), dim=-1) for state in states]
         return super().pooled(states, attention_mask)
 
-    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor, **_) -> tuple[list[Tensor], Tensor]:
-        twin, seen = self._twin()
+    def _hidden_states(
+        self, layers: Sequence[int], input_ids: Tensor, attention_mask: Tensor, **_
+    ) -> tuple[list[Tensor], Tensor]:
+        twin, seen = self._twin(layers)
         device = next(twin.parameters()).device
         input_ids, mask = input_ids.to(device), attention_mask.to(device)
         try:
             with torch.autocast(device.type, enabled=False):
                 last = twin(input_ids=input_ids, attention_mask=mask)[0]
-            states = [last if layer == self.num_layers else seen[layer] for layer in self.layers]
+            states = [last if layer == self.num_layers else seen[layer] for layer in layers]
         finally:
             seen.clear()
         return states, mask
 
-    def _twin(self) -> tuple[nn.Module, dict[int, Tensor]]:
-        """The layers that a query needs, and where a pass leaves their states; kept while the base has the
-        same tensors."""
-        backbone = backbone_of(self.model)
-        tensors = [*map(id, backbone.parameters()), *map(id, backbone.buffers())]
-        if self._frozen is None or self._frozen[0] != tensors:
-            twin, seen = frozen_twin(backbone, max(*self.layers, 1)), {}
-            layers = layer_list(twin)[1]
-            layers[0].register_forward_pre_hook(lambda _, inputs: seen.update({0: inputs[0]}))
-            for index in set(self.layers) - {0}:
-                layers[index - 1].register_forward_hook(_keep(seen, index))
-            self._frozen = tensors, twin, seen
+    def _twin(self, layers: Sequence[int] | None = None) -> tuple[nn.Module, dict[int, Tensor]]:
+        """The base up to the deepest of the layers, and where a pass leaves their states; kept while the base
+        has the same tensors."""
+        backbone, needed = backbone_of(self.model), set(self.layers if layers is None else layers)
+        made_of = needed, [*map(id, backbone.parameters()), *map(id, backbone.buffers())]
+        if self._frozen is None or self._frozen[0] != made_of:
+            twin, seen = frozen_twin(backbone, max(*needed, 1)), {}
+            modules = layer_list(twin)[1]
+            modules[0].register_forward_pre_hook(lambda _, inputs: seen.update({0: inputs[0]}))
+            for index in needed - {0}:
+                modules[index - 1].register_forward_hook(_keep(seen, index))
+            self._frozen = made_of, twin, seen
         return self._frozen[1:]
 
 

@@ -242,6 +242,42 @@ def test_each_model_embeds_with_itself():
         get_slm_model(tiny_base("llama"), config, encoder=encoder)
 
 
+def test_bases_that_were_loaded_again_share_queries(tmp_path, monkeypatch):
+    """In memory and on disk, of other layers too; not those of another base, dtype or form of the text."""
+    passes, tokenized = [], BackboneEncoder._tokenized
+
+    def counting(self, texts):
+        passes.extend(texts)
+        return tokenized(self, texts)
+
+    monkeypatch.setattr(BackboneEncoder, "_tokenized", counting)
+    memory = {}
+
+    def passes_of(folder=None, change=None, dtype=torch.float32, **options) -> int:
+        """Texts that the encoder of a new base encodes."""
+        base, settings = base_of("llama", dtype=dtype), {"query_layers": [1, 2], "max_length": 8}
+        if change:
+            change(base)
+        encoder = BackboneEncoder(base, tokenizer(), **(settings | options))
+        encoder = encoder.share(memory) if folder is None else encoder.keep_in(folder)
+        last = encoder.with_layers([-1])
+        passes.clear()
+        query, other = encoder(TEXTS), last(TEXTS)
+        if dtype is torch.float32 and not (change or options):
+            torch.testing.assert_close(normalize(other[0], dim=0), wanted(base, TEXTS[0], [4]))
+            torch.testing.assert_close(query[0], wanted(base, TEXTS[0], [1, 2]), rtol=1e-4, atol=1e-5)
+        return len(passes)
+
+    def others(base):
+        base.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+
+    for folder in (None, tmp_path):
+        assert passes_of(folder) == len(TEXTS) and passes_of(folder) == 0
+        assert passes_of(folder, others) == passes_of(folder, dtype=torch.bfloat16) == len(TEXTS)
+        assert passes_of(folder, query_layers=[2]) == len(TEXTS)
+    assert passes_of(in_prefill=True) == len(TEXTS) and passes_of(in_prefill=True) == 0
+
+
 def test_patched_models_and_fast_forward():
     model = slm_of("llama")
     routing, pool = model.route(TEXTS), model.pool
