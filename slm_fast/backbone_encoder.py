@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_fast.config import SLMConfig
-from slm_fast.encoder import MAX_QUERY_DIM, Encoder, choose_layers
+from slm_fast.encoder import MAX_QUERY_DIM, Encoder
 from slm_fast.fast_forward import restore_classes, shared_twin
 from slm_fast.layers import MixtureLinear
 from slm_fast.loading import load_tokenizer, with_pad_token
-from slm_fast.pool import KnowledgePool
 from slm_fast.prompts import encode_texts
 
 LAYER_LISTS = ("layers", "encoder.layer", "block")  # of a LLaMA's, a BERT's and a T5's backbone
@@ -36,7 +34,8 @@ class BackboneEncoder(Encoder):
     Args:
         base: a LLaMA-, BERT- or T5-like model, patched or not.
         tokenizer: of the base; a copy is used. None loads it by the base's own name.
-        query_layers: see `SLMConfig`; "auto": see `auto_layers`.
+        query_layers: see `SLMConfig`; "auto": see `auto_layers`. `choose_query_layers` finds those that tell
+            tasks apart.
 
     Raises ValueError where `base` has no known list of layers, and on first use where a module's forward was
     replaced.
@@ -64,7 +63,7 @@ class BackboneEncoder(Encoder):
     def _chosen(self, query_layers: list[int] | str) -> list[int]:
         if query_layers == "auto":
             return auto_layers(self.num_layers, self.hidden_size)
-        return choose_layers(query_layers, self.num_layers, self.hidden_size)
+        return super()._chosen(query_layers)
 
     @property
     def cost(self) -> float:
@@ -116,9 +115,9 @@ class BackboneEncoder(Encoder):
             return super()._tokenized(texts)
         return encode_texts(self.model, self.tokenizer, texts, self.max_length, in_prefill=True)
 
-    def pooled(self, states: list[Tensor], attention_mask: Tensor) -> Tensor:
+    def means(self, states: list[Tensor], attention_mask: Tensor) -> list[Tensor]:
         states = [F.normalize(state.float(), dim=-1) for state in states]
-        return super().pooled(states, attention_mask)
+        return super().means(states, attention_mask)
 
     def _hidden_states(
         self, layers: Sequence[int], input_ids: Tensor, attention_mask: Tensor, **_
@@ -204,8 +203,9 @@ def auto_layers(num_layers: int, hidden_size: int) -> list[int]:
     """Three layers, evenly spaced up to the middle one, or the fourth if that is deeper; fewer where a query
     would exceed 4,096 values.
 
-    Of what `benchmarks/bench_layers.py` measured, on SmolLM2-135M and MiniLM, the best within a standard
-    error. Embeddings and last layers add nothing; a third of the layers loses one to three points.
+    A rule that looks at no text: of what `benchmarks/bench_layers.py` measured, on SmolLM2-135M and MiniLM,
+    the best within a standard error. Embeddings and last layers add nothing; a third of the layers loses one
+    to three points.
     """
     depth = min(max(math.ceil(num_layers / 2), 4), num_layers)
     count = min(3, depth, max(MAX_QUERY_DIM // hidden_size, 1))
@@ -219,22 +219,3 @@ def base_tokenizer(base: nn.Module):
         return load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model {name!r} brings no tokenizer: pass tokenizer= ({error})") from error
-
-
-def separation(
-    queries: dict[str, Tensor], config: SLMConfig | None = None, folds: int = 4
-) -> dict[str, float]:
-    """How well queries tell tasks apart: the share of each task's that are routed to it, one at a time.
-
-    queries: {task: [N, D]} of training texts in random order. Each of `folds` parts is routed by keys and
-    statistics of the other parts. Raises ValueError where those are fewer than a task's keys.
-    """
-    config, parts = config or SLMConfig(), {task: query.chunk(folds) for task, query in queries.items()}
-    correct = dict.fromkeys(queries, 0)
-    for fold in range(folds):
-        kept = {task: torch.cat(part[:fold] + part[fold + 1 :]) for task, part in parts.items()}
-        pool = KnowledgePool.of_queries(config, kept)
-        for task, part in parts.items():
-            mass, names = pool.task_mass(pool.search(part[fold]))
-            correct[task] += int((mass.argmax(-1) == names.index(task)).sum())
-    return {task: count / len(queries[task]) for task, count in correct.items()}

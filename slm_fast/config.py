@@ -62,6 +62,7 @@ class SLMConfig:
             over those of other tasks (`init`) starts there.
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
             query stays under 4,096 values, else evenly spaced ones ("backbone": `auto_layers`).
+            `choose_query_layers` measures which tell tasks apart; keys are made of them, so that they stay.
         weighting: of a row's picks. "task": a softmax over the tasks among them by each one's best score, in
             equal parts to its entries, so that a row that goes to one task is answered as it was when that
             task was learnt, to the bit; "softmax", "similarity" or "uniform" over the entries. None is "task"

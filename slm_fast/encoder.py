@@ -49,6 +49,14 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def joined(means: list[Tensor]) -> Tensor:
+    """The query [B, D] that a text's means in its layers [B, H] make up: as it is that of one, several
+    L2-normalised each."""
+    if len(means) > 1:
+        means = [F.normalize(mean, dim=-1) for mean in means]
+    return torch.cat(means, dim=-1)
+
+
 class Encoder:
     """Turns texts into queries [B, D] fp32, on the CPU, and remembers them; threads take turns.
 
@@ -110,12 +118,12 @@ class Encoder:
     def _take(self, model: nn.Module, tokenizer, query_layers: list[int] | str) -> None:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self.num_layers, self.hidden_size = model.config.num_hidden_layers, model.config.hidden_size
         self.layers = self._chosen(query_layers)
         self._limit_length(model.config)
 
     def _chosen(self, query_layers: list[int] | str) -> list[int]:
-        config = self.model.config
-        return choose_layers(query_layers, config.num_hidden_layers, config.hidden_size)
+        return choose_layers(query_layers, self.num_layers, self.hidden_size)
 
     def _limit_length(self, config) -> None:
         limit = getattr(config, "max_position_embeddings", self.max_length)
@@ -246,10 +254,25 @@ class Encoder:
 
     def pooled(self, states: list[Tensor], attention_mask: Tensor) -> Tensor:
         """Queries [B, D] fp32 of the chosen layers' states [B, L, H] and which tokens to pool: [B, L]."""
-        pooled = [mean_pool(state, attention_mask) for state in states]
-        if len(pooled) > 1:
-            pooled = [F.normalize(p, dim=-1) for p in pooled]
-        return torch.cat(pooled, dim=-1)
+        return joined(self.means(states, attention_mask))
+
+    def means(self, states: list[Tensor], attention_mask: Tensor) -> list[Tensor]:
+        return [mean_pool(state, attention_mask) for state in states]
+
+    @torch.no_grad()
+    def layer_means(self, texts: Sequence[str], layers: Sequence[int], progress: bool = False) -> Tensor:
+        """What queries of these layers are `joined` of: [N, number of layers, H] fp32, not remembered."""
+        texts = check_texts(texts)
+        if self.model is None:
+            raise ValueError("only an encoder with a model has layers")
+        order = sorted(range(len(texts)), key=lambda n: len(texts[n]), reverse=True)
+        means = torch.empty(len(texts), len(layers), self.hidden_size)
+        starts = range(0, len(texts), self.batch_size)
+        for lo in tqdm(starts, desc="encoding", disable=not progress or len(starts) < 2):
+            rows = order[lo : lo + self.batch_size]
+            states, mask = self._hidden_states(layers, **self._tokenized([texts[n] for n in rows]))
+            means[rows] = torch.stack(self.means(states, mask), 1).cpu()
+        return means
 
     def _tokenized(self, texts: list[str]) -> dict[str, Tensor]:
         encoded = self.tokenizer(

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
 from slm_fast import SLMConfig, SLMModel, fast_forward, get_slm_model, patch_model, unpatch_model
-from slm_fast.backbone_encoder import BackboneEncoder, auto_layers, backbone_of, layer_list, separation
+from slm_fast.backbone_encoder import BackboneEncoder, auto_layers, backbone_of, layer_list
 from slm_fast.cli import main
 from slm_fast.loading import load_base
 
@@ -409,21 +409,6 @@ def test_what_cannot_be_a_backbone():
     base.model.layers[0].forward = base.model.layers[0].forward
     with pytest.raises(ValueError, match="LlamaDecoderLayer was replaced"):
         BackboneEncoder(base, tokenizer())(TEXTS)
-
-
-def test_separation():
-    """Tasks apart are told apart, equal ones are not, and a text's own query makes no keys."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(3, 80, 16, generator=generator)
-    centres = torch.eye(16)[:3] * 12
-    apart = {f"t{i}": noise[i] + centres[i] for i in range(3)}
-    assert separation(apart) == {"t0": 1.0, "t1": 1.0, "t2": 1.0}
-    equal = separation({f"t{i}": noise[i] for i in range(3)})
-    assert 0.1 < sum(equal.values()) / 3 < 0.6
-    swapped = {"t0": torch.cat([apart["t0"][:60], apart["t1"][:20]]), "t1": apart["t1"], "t2": apart["t2"]}
-    assert separation(swapped) == {"t0": 0.75, "t1": 1.0, "t2": 1.0}
-    with pytest.raises(ValueError, match="4 keys need at least 4 texts, got 3"):
-        separation({"t0": apart["t0"][:4]})
 
 
 def test_auto_layers():
