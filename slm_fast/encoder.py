@@ -268,10 +268,11 @@ class Encoder:
         order = sorted(range(len(texts)), key=lambda n: len(texts[n]), reverse=True)
         means = torch.empty(len(texts), len(layers), self.hidden_size)
         starts = range(0, len(texts), self.batch_size)
-        for lo in tqdm(starts, desc="encoding", disable=not progress or len(starts) < 2):
-            rows = order[lo : lo + self.batch_size]
-            states, mask = self._hidden_states(layers, **self._tokenized([texts[n] for n in rows]))
-            means[rows] = torch.stack(self.means(states, mask), 1).cpu()
+        with self._lock:
+            for lo in tqdm(starts, desc="encoding", disable=not progress or len(starts) < 2):
+                rows = order[lo : lo + self.batch_size]
+                states, mask = self._hidden_states(layers, **self._tokenized([texts[n] for n in rows]))
+                means[rows] = torch.stack(self.means(states, mask), 1).cpu()
         return means
 
     def _tokenized(self, texts: list[str]) -> dict[str, Tensor]:
