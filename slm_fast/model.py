@@ -153,8 +153,7 @@ class SLMModel(nn.Module):
         metric; nothing is changed then.
         """
         other = load_pool(self.base_model, directory)
-        names = other.task_names() if names is None else list(dict.fromkeys(names))
-        return self.pool.take_tasks(other, names)
+        return self.pool.take_tasks(other, other.task_names() if names is None else names)
 
     def remove_task(self, name: str) -> None:
         """Forget a task: its entries can never be picked again."""

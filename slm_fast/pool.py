@@ -254,6 +254,7 @@ class KnowledgePool(nn.Module):
     def take_tasks(self, other: "KnowledgePool", names: Sequence[str]) -> list[TaskInfo]:
         """`take_task` of several, in this order; they keep losses that were measured against each other.
         Nothing is changed where it raises."""
+        names = list(dict.fromkeys(names))
         for name in names:
             self.check_take(other, name)
         infos = [self._take(other, name) for name in names]
