@@ -56,14 +56,14 @@ class BackboneEncoder(Encoder):
         self._tokenizer = None if tokenizer is None else self._private(tokenizer)
         backbone = backbone_of(base)
         self.hidden_size, self.num_layers = backbone.config.hidden_size, len(layer_list(backbone)[1])
-        self.layers = self._chosen(query_layers)
+        self.layers = self.layers_of(query_layers)
         self._limit_length(backbone.config)
         self._frozen: tuple[tuple, nn.Module, dict[int, Tensor]] | None = None  # see `_twin`
 
-    def _chosen(self, query_layers: list[int] | str) -> list[int]:
+    def layers_of(self, query_layers: list[int] | str) -> list[int]:
         if query_layers == "auto":
             return auto_layers(self.num_layers, self.hidden_size)
-        return super()._chosen(query_layers)
+        return super().layers_of(query_layers)
 
     @property
     def cost(self) -> float:

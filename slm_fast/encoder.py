@@ -119,10 +119,11 @@ class Encoder:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.num_layers, self.hidden_size = model.config.num_hidden_layers, model.config.hidden_size
-        self.layers = self._chosen(query_layers)
+        self.layers = self.layers_of(query_layers)
         self._limit_length(model.config)
 
-    def _chosen(self, query_layers: list[int] | str) -> list[int]:
+    def layers_of(self, query_layers: list[int] | str) -> list[int]:
+        """What `SLMConfig.query_layers` means for this encoder's model."""
         return choose_layers(query_layers, self.num_layers, self.hidden_size)
 
     def _limit_length(self, config) -> None:
@@ -144,7 +145,7 @@ class Encoder:
             return self
         if (key := tuple(query_layers)) not in self._others:
             other = copy.copy(self)
-            other.query_layers, other.layers = query_layers, self._chosen(query_layers)
+            other.query_layers, other.layers = query_layers, self.layers_of(query_layers)
             other._cache, other._others = OrderedDict(), {}
             if self._memory is not None:
                 other.share(self._memory)
