@@ -2,18 +2,17 @@
 
 import copy
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_fast.config import SLMConfig
-from slm_fast.encoder import MAX_QUERY_DIM, Encoder, choose_layers
+from slm_fast.encoder import MAX_QUERY_DIM, Encoder
 from slm_fast.fast_forward import restore_classes, shared_twin
 from slm_fast.layers import MixtureLinear
 from slm_fast.loading import load_tokenizer, with_pad_token
-from slm_fast.pool import KnowledgePool
 from slm_fast.prompts import encode_texts
 
 LAYER_LISTS = ("layers", "encoder.layer", "block")  # of a LLaMA's, a BERT's and a T5's backbone
@@ -35,7 +34,8 @@ class BackboneEncoder(Encoder):
     Args:
         base: a LLaMA-, BERT- or T5-like model, patched or not.
         tokenizer: of the base; a copy is used. None loads it by the base's own name.
-        query_layers: see `SLMConfig`; "auto": see `auto_layers`.
+        query_layers: see `SLMConfig`; "auto": see `auto_layers`. `choose_query_layers` finds those that tell
+            tasks apart.
 
     Raises ValueError where `base` has no known list of layers, and on first use where a module's forward was
     replaced.
@@ -55,13 +55,15 @@ class BackboneEncoder(Encoder):
         self.model, self.name_or_path, self.in_prefill = base, "backbone", in_prefill
         self._tokenizer = None if tokenizer is None else self._private(tokenizer)
         backbone = backbone_of(base)
-        config, self.num_layers = backbone.config, len(layer_list(backbone)[1])
+        self.hidden_size, self.num_layers = backbone.config.hidden_size, len(layer_list(backbone)[1])
+        self.layers = self.layers_of(query_layers)
+        self._limit_length(backbone.config)
+        self._frozen: tuple[tuple, nn.Module, dict[int, Tensor]] | None = None  # see `_twin`
+
+    def layers_of(self, query_layers: list[int] | str) -> list[int]:
         if query_layers == "auto":
-            self.layers = auto_layers(self.num_layers, config.hidden_size)
-        else:
-            self.layers = choose_layers(query_layers, self.num_layers, config.hidden_size)
-        self._limit_length(config)
-        self._frozen: tuple[list[int], nn.Module, dict[int, Tensor]] | None = None  # see `_twin`
+            return auto_layers(self.num_layers, self.hidden_size)
+        return super().layers_of(query_layers)
 
     @property
     def cost(self) -> float:
@@ -91,6 +93,13 @@ class BackboneEncoder(Encoder):
             raise ValueError("queries of prompts (route_in_prefill) are not kept on disk")
         return super().keep_in(folder)
 
+    def _weights(self) -> Iterable[Tensor]:
+        return self._twin()[0].parameters()
+
+    def _identity(self) -> str:
+        prompt = self.tokenizer.chat_template if self.in_prefill else None
+        return f"{super()._identity()} {self.model.dtype} {self.in_prefill} {prompt}"
+
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_frozen": None}
 
@@ -106,34 +115,36 @@ class BackboneEncoder(Encoder):
             return super()._tokenized(texts)
         return encode_texts(self.model, self.tokenizer, texts, self.max_length, in_prefill=True)
 
-    def pooled(self, states: list[Tensor], attention_mask: Tensor) -> Tensor:
+    def means(self, states: list[Tensor], attention_mask: Tensor) -> list[Tensor]:
         states = [F.normalize(state.float(), dim=-1) for state in states]
-        return super().pooled(states, attention_mask)
+        return super().means(states, attention_mask)
 
-    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor, **_) -> tuple[list[Tensor], Tensor]:
-        twin, seen = self._twin()
+    def _hidden_states(
+        self, layers: Sequence[int], input_ids: Tensor, attention_mask: Tensor, **_
+    ) -> tuple[list[Tensor], Tensor]:
+        twin, seen = self._twin(layers)
         device = next(twin.parameters()).device
         input_ids, mask = input_ids.to(device), attention_mask.to(device)
         try:
             with torch.autocast(device.type, enabled=False):
                 last = twin(input_ids=input_ids, attention_mask=mask)[0]
-            states = [last if layer == self.num_layers else seen[layer] for layer in self.layers]
+            states = [last if layer == self.num_layers else seen[layer] for layer in layers]
         finally:
             seen.clear()
         return states, mask
 
-    def _twin(self) -> tuple[nn.Module, dict[int, Tensor]]:
-        """The layers that a query needs, and where a pass leaves their states; kept while the base has the
-        same tensors."""
-        backbone = backbone_of(self.model)
-        tensors = [*map(id, backbone.parameters()), *map(id, backbone.buffers())]
-        if self._frozen is None or self._frozen[0] != tensors:
-            twin, seen = frozen_twin(backbone, max(*self.layers, 1)), {}
-            layers = layer_list(twin)[1]
-            layers[0].register_forward_pre_hook(lambda _, inputs: seen.update({0: inputs[0]}))
-            for index in set(self.layers) - {0}:
-                layers[index - 1].register_forward_hook(_keep(seen, index))
-            self._frozen = tensors, twin, seen
+    def _twin(self, layers: Sequence[int] | None = None) -> tuple[nn.Module, dict[int, Tensor]]:
+        """The base up to the deepest of the layers, and where a pass leaves their states; kept while the base
+        has the same tensors."""
+        backbone, needed = backbone_of(self.model), set(self.layers if layers is None else layers)
+        made_of = needed, [*map(id, backbone.parameters()), *map(id, backbone.buffers())]
+        if self._frozen is None or self._frozen[0] != made_of:
+            twin, seen = frozen_twin(backbone, max(*needed, 1)), {}
+            modules = layer_list(twin)[1]
+            modules[0].register_forward_pre_hook(lambda _, inputs: seen.update({0: inputs[0]}))
+            for index in needed - {0}:
+                modules[index - 1].register_forward_hook(_keep(seen, index))
+            self._frozen = made_of, twin, seen
         return self._frozen[1:]
 
 
@@ -192,8 +203,9 @@ def auto_layers(num_layers: int, hidden_size: int) -> list[int]:
     """Three layers, evenly spaced up to the middle one, or the fourth if that is deeper; fewer where a query
     would exceed 4,096 values.
 
-    Of what `benchmarks/bench_layers.py` measured, on SmolLM2-135M and MiniLM, the best within a standard
-    error. Embeddings and last layers add nothing; a third of the layers loses one to three points.
+    A rule that looks at no text: of what `benchmarks/bench_layers.py` measured, on SmolLM2-135M and MiniLM,
+    the best within a standard error. Embeddings and last layers add nothing; a third of the layers loses one
+    to three points.
     """
     depth = min(max(math.ceil(num_layers / 2), 4), num_layers)
     count = min(3, depth, max(MAX_QUERY_DIM // hidden_size, 1))
@@ -207,22 +219,3 @@ def base_tokenizer(base: nn.Module):
         return load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model {name!r} brings no tokenizer: pass tokenizer= ({error})") from error
-
-
-def separation(
-    queries: dict[str, Tensor], config: SLMConfig | None = None, folds: int = 4
-) -> dict[str, float]:
-    """How well queries tell tasks apart: the share of each task's that are routed to it, one at a time.
-
-    queries: {task: [N, D]} of training texts in random order. Each of `folds` parts is routed by keys and
-    statistics of the other parts. Raises ValueError where those are fewer than a task's keys.
-    """
-    config, parts = config or SLMConfig(), {task: query.chunk(folds) for task, query in queries.items()}
-    correct = dict.fromkeys(queries, 0)
-    for fold in range(folds):
-        kept = {task: torch.cat(part[:fold] + part[fold + 1 :]) for task, part in parts.items()}
-        pool = KnowledgePool.of_queries(config, kept)
-        for task, part in parts.items():
-            mass, names = pool.task_mass(pool.search(part[fold]))
-            correct[task] += int((mass.argmax(-1) == names.index(task)).sum())
-    return {task: count / len(queries[task]) for task, count in correct.items()}

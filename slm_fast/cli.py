@@ -44,17 +44,21 @@ def _learn(args) -> int:
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else [args.seed]
     runs = [(order, seed) for order in _orders(args) for seed in seeds]
     began, reports = time.perf_counter(), []
-    encoder = None if args.encoder == "backbone" else make_encoder(_config(args))  # one memory for all runs
-    if args.queries:
-        if encoder is None:
-            raise ValueError("--queries keeps those of a sentence encoder, not of --encoder backbone")
-        encoder.keep_in(args.queries)
+    config, encoder, memory = (
+        _config(args),
+        None,
+        {},
+    )  # all runs have one encoder, or one memory for each base
+    if config.encoder_name_or_path != "backbone":
+        encoder = make_encoder(config)
+        if args.queries:
+            encoder.keep_in(args.queries)
     for order, seed in runs:
         folder = Path(args.output)
         if len(runs) > 1:
             args.trained = args.trained or str(folder / "trained")
             folder /= f"order{order}-seed{seed}" if order else f"seed{seed}"
-        reports.append(_learn_once(args, order, seed, folder, encoder))
+        reports.append(_learn_once(args, order, seed, folder, encoder, memory))
         print_run(reports[-1])
         print(f"\nmodel:  {folder / 'slm'}")
     for group in repeated_runs(reports):
@@ -66,8 +70,8 @@ def _learn(args) -> int:
     return 0
 
 
-def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> dict:
-    """Learn the tasks in one order with one seed; the run's report."""
+def _learn_once(args, order: str | None, seed: int, folder: Path, encoder, memory: dict) -> dict:
+    """Learn the tasks in one order with one seed; the run's report. memory: see `Encoder.share`."""
     import torch
 
     from slm_fast.continual.benchmarks import BENCHMARKS, answer_tokens, score_names
@@ -91,6 +95,10 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> di
     )
     base, tokenizer = load_base(args.base, getattr(torch, args.dtype))
     model = get_slm_model(base, _config(args), encoder=encoder, tokenizer=tokenizer)
+    if encoder is None:  # it is the base
+        model.encoder.share(memory)
+        if args.queries:
+            model.encoder.keep_in(args.queries)
     tasks, probes = _tasks(args, order, seed, model.can_generate)
     check_probes(probes, [task.name for task in tasks], model.can_generate)
     limits = dict(max_length=args.max_length, max_new_tokens=answer_tokens(tokenizer, tasks + probes))

@@ -62,12 +62,14 @@ class SLMConfig:
             over those of other tasks (`init`) starts there.
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
             query stays under 4,096 values, else evenly spaced ones ("backbone": `auto_layers`).
+            `choose_query_layers` measures which tell tasks apart; keys are made of them, so that they stay.
         weighting: of a row's picks. "task": a softmax over the tasks among them by each one's best score, in
             equal parts to its entries, so that a row that goes to one task is answered as it was when that
             task was learnt, to the bit; "softmax", "similarity" or "uniform" over the entries. None is "task"
             with averaged keys, which differ by noise alone, and "softmax" with others.
         temperature: of the softmax, in units of the score. None lets the metric choose; "auto" (whitened,
-            "task") fits it when a task is learnt, on a part of its texts held out against the tasks known.
+            "task") fits it when a task is learnt, on a part of its texts held out against the tasks known;
+            what was measured against a task goes with it.
         twin_share: whitened: the share of a row's weight that its best task hands on to its near-duplicates,
             tasks with the same labels of which each could hold the other's texts: in equal parts, less to one
             that was learnt from fewer texts, in proportion. Their heads answer in these shares too. 0: none.

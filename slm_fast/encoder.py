@@ -1,11 +1,12 @@
 """The frozen sentence encoder: texts in, queries out, computed once per text."""
 
+import copy
 import hashlib
 import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +49,14 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return (hidden.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def joined(means: list[Tensor]) -> Tensor:
+    """The query [B, D] that a text's means in its layers [B, H] make up: as it is that of one, several
+    L2-normalised each."""
+    if len(means) > 1:
+        means = [F.normalize(mean, dim=-1) for mean in means]
+    return torch.cat(means, dim=-1)
+
+
 class Encoder:
     """Turns texts into queries [B, D] fp32, on the CPU, and remembers them; threads take turns.
 
@@ -57,7 +66,7 @@ class Encoder:
         query_layers: see `SLMConfig`. One layer alone is kept as it is (the paper), several are L2-normalised
             each and concatenated.
         max_length: tokens kept of a text; longer ones are cut at the end, with a warning that counts them.
-    `keep_in(folder)` remembers them on disk too.
+    `keep_in(folder)` remembers them on disk too, `share(memory)` for others that make the same ones.
     """
 
     in_prefill = False  # see `BackboneEncoder`
@@ -81,6 +90,8 @@ class Encoder:
         self.num_truncated = 0
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._store: QueryStore | None = None
+        self._memory: dict[str, OrderedDict[str, Tensor]] | None = None  # see `share`
+        self._others: dict[tuple[int, ...], Encoder] = {}  # see `with_layers`
         self._lock = threading.Lock()
         if source is None:
             return
@@ -107,8 +118,13 @@ class Encoder:
     def _take(self, model: nn.Module, tokenizer, query_layers: list[int] | str) -> None:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.layers = choose_layers(query_layers, model.config.num_hidden_layers, model.config.hidden_size)
+        self.num_layers, self.hidden_size = model.config.num_hidden_layers, model.config.hidden_size
+        self.layers = self.layers_of(query_layers)
         self._limit_length(model.config)
+
+    def layers_of(self, query_layers: list[int] | str) -> list[int]:
+        """What `SLMConfig.query_layers` means for this encoder's model."""
+        return choose_layers(query_layers, self.num_layers, self.hidden_size)
 
     def _limit_length(self, config) -> None:
         limit = getattr(config, "max_position_embeddings", self.max_length)
@@ -119,6 +135,24 @@ class Encoder:
     def on(self, base: nn.Module, in_prefill: bool) -> "Encoder":
         """The encoder for this base and `route_in_prefill`; only a `BackboneEncoder` depends on them."""
         return self
+
+    def with_layers(self, query_layers: list[int]) -> "Encoder":
+        """This encoder with other layers in its queries, for a model; kept, and where this one is.
+
+        From now on a pass of this encoder makes and remembers the queries of both.
+        """
+        if query_layers == self.query_layers:
+            return self
+        if (key := tuple(query_layers)) not in self._others:
+            other = copy.copy(self)
+            other.query_layers, other.layers = query_layers, self.layers_of(query_layers)
+            other._cache, other._others = OrderedDict(), {}
+            if self._memory is not None:
+                other.share(self._memory)
+            if self._store is not None:
+                other.keep_in(self._store.path.parent)
+            self._others[key] = other
+        return self._others[key]
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -141,12 +175,27 @@ class Encoder:
         """
         if self.name_or_path is None or self.model is None:
             raise ValueError("only an encoder with a name can keep its queries on disk, not a callable one")
-        probe = [
-            p.detach().flatten()[:: max(p.numel() // 8, 1)][:8].tolist() for p in self.model.parameters()
-        ]
-        identity = hashlib.sha256(json.dumps([self.settings(), probe]).encode()).hexdigest()
-        self._store = QueryStore(folder, identity)
+        self._store = QueryStore(folder, self._identity())
+        for other in self._others.values():
+            other.keep_in(folder)
         return self
+
+    def share(self, memory: dict[str, OrderedDict[str, Tensor]]) -> "Encoder":
+        """Remember queries in `memory`, together with every encoder that has it and makes the same ones: with
+        a base that was loaded again, for one."""
+        self._memory, self._cache = memory, memory.setdefault(self._identity(), self._cache)
+        for other in self._others.values():
+            other.share(memory)
+        return self
+
+    def _weights(self) -> Iterable[Tensor]:
+        """What queries are computed with."""
+        return self.model.parameters()
+
+    def _identity(self) -> str:
+        """Of the queries: of the settings, and eight values of each weight."""
+        probe = [p.detach().flatten()[:: max(p.numel() // 8, 1)][:8].tolist() for p in self._weights()]
+        return hashlib.sha256(json.dumps([self.settings(), probe]).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Queries of `texts`, [B, D] fp32. Raises ValueError on an empty batch or text and on NaN queries."""
@@ -163,42 +212,69 @@ class Encoder:
             starts = range(0, len(missing), self.batch_size)
             for lo in tqdm(starts, desc="encoding", disable=not progress or len(starts) < 2):
                 part = missing[lo : lo + self.batch_size]
-                encoded = dict(zip(part, self.encode(part), strict=True))
-                if self._store is not None:
-                    self._store.put(encoded)
-                fresh.update(encoded)
+                others = list(self._others.values())
+                made = self._encode(part, [self, *others]) if others else [self.encode(part)]
+                for encoder, rows in zip([self, *others], made, strict=True):
+                    encoded = dict(zip(part, rows, strict=True))
+                    if encoder._store is not None:
+                        encoder._store.put(encoded)
+                    if encoder is self:
+                        fresh.update(encoded)
+                    else:
+                        encoder._remember(encoded)
         queries = torch.stack([fresh[text] if text in fresh else self._cache[text] for text in texts])
         self._remember(fresh)
         return queries
 
-    @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         """Queries of `texts`, [B, D] fp32, of a pass of their own: no memory is asked, and none is kept."""
+        return self._encode(texts, [self])[0]
+
+    @torch.no_grad()
+    def _encode(self, texts: list[str], encoders: Sequence["Encoder"]) -> list[Tensor]:
+        """What one pass gives several encoders with this one's model: the queries of each."""
         if self.function is not None:
             queries = torch.as_tensor(self.function(texts)).float().cpu()
             if queries.ndim != 2 or queries.shape[0] != len(texts):
                 raise ValueError(
                     f"the encoder returned {list(queries.shape)} for {len(texts)} texts, wanted [B, D]"
                 )
+            made = [queries]
         elif self.model is not None:
-            queries = self._hidden_queries(texts)
+            layers = sorted({layer for encoder in encoders for layer in encoder.layers})
+            states, mask = self._hidden_states(layers, **self._tokenized(texts))
+            of_layer = dict(zip(layers, states, strict=True))
+            made = [e.pooled([of_layer[layer] for layer in e.layers], mask).cpu() for e in encoders]
         else:
             raise ValueError("this model has no encoder: pass embeddings= instead of texts=")
-        if not bool(queries.isfinite().all()):
-            bad = int((~queries.isfinite()).any(-1).nonzero()[0])
-            raise ValueError(f"the encoder's query is NaN or infinite for text {texts[bad][:80]!r}")
-        return queries
-
-    def _hidden_queries(self, texts: list[str]) -> Tensor:
-        encoded = self._tokenized(texts)
-        return self.pooled(*self._hidden_states(**encoded)).cpu()
+        for queries in made:
+            if not bool(queries.isfinite().all()):
+                bad = int((~queries.isfinite()).any(-1).nonzero()[0])
+                raise ValueError(f"the encoder's query is NaN or infinite for text {texts[bad][:80]!r}")
+        return made
 
     def pooled(self, states: list[Tensor], attention_mask: Tensor) -> Tensor:
         """Queries [B, D] fp32 of the chosen layers' states [B, L, H] and which tokens to pool: [B, L]."""
-        pooled = [mean_pool(state, attention_mask) for state in states]
-        if len(pooled) > 1:
-            pooled = [F.normalize(p, dim=-1) for p in pooled]
-        return torch.cat(pooled, dim=-1)
+        return joined(self.means(states, attention_mask))
+
+    def means(self, states: list[Tensor], attention_mask: Tensor) -> list[Tensor]:
+        return [mean_pool(state, attention_mask) for state in states]
+
+    @torch.no_grad()
+    def layer_means(self, texts: Sequence[str], layers: Sequence[int], progress: bool = False) -> Tensor:
+        """What queries of these layers are `joined` of: [N, number of layers, H] fp32, not remembered."""
+        texts = check_texts(texts)
+        if self.model is None:
+            raise ValueError("only an encoder with a model has layers")
+        order = sorted(range(len(texts)), key=lambda n: len(texts[n]), reverse=True)
+        means = torch.empty(len(texts), len(layers), self.hidden_size)
+        starts = range(0, len(texts), self.batch_size)
+        with self._lock:
+            for lo in tqdm(starts, desc="encoding", disable=not progress or len(starts) < 2):
+                rows = order[lo : lo + self.batch_size]
+                states, mask = self._hidden_states(layers, **self._tokenized([texts[n] for n in rows]))
+                means[rows] = torch.stack(self.means(states, mask), 1).cpu()
+        return means
 
     def _tokenized(self, texts: list[str]) -> dict[str, Tensor]:
         encoded = self.tokenizer(
@@ -217,11 +293,11 @@ class Encoder:
             self.num_truncated += cut
         return encoded
 
-    def _hidden_states(self, **encoded: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The chosen layers' states [B, L, H] of tokenised texts, and which tokens to pool: [B, L]."""
+    def _hidden_states(self, layers: Sequence[int], **encoded: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The layers' states [B, L, H] of tokenised texts, and which tokens to pool: [B, L]."""
         encoded = {name: value.to(self.device) for name, value in encoded.items()}
         states = self.model(**encoded, output_hidden_states=True).hidden_states
-        return [states[layer] for layer in self.layers], encoded["attention_mask"]
+        return [states[layer] for layer in layers], encoded["attention_mask"]
 
     def _remember(self, fresh: dict[str, Tensor]) -> None:
         for text, query in fresh.items():

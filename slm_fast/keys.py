@@ -127,7 +127,8 @@ class Whitened(nn.Module):
         return other
 
     def fitted_temperature(self) -> float:
-        """The temperature at which held-out texts are best told apart: the least mean loss of the tasks."""
+        """The temperature at which held-out texts are best told apart: the least mean loss of the tasks that
+        have losses; the default where none has."""
         curves = [task.losses for task in self.tasks.values() if len(task.losses)]
         if not curves:
             return self.default_temperature

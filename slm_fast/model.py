@@ -147,15 +147,13 @@ class SLMModel(nn.Module):
         """Add tasks of a saved pool, by default all of them, as if they had been learnt here.
 
         What a task learns from a zero start does not depend on the other tasks, so pools that were trained
-        apart, even on other machines, come together without loss. Raises OSError on missing or damaged files,
-        ValueError on another base, unknown or taken names and pools with another metric; nothing is changed
-        then.
+        apart, even on other machines, come together without loss. Only what temperature="auto" is fitted to
+        does: of that comes along what was measured against tasks that come along or are here. Raises OSError
+        on missing or damaged files, ValueError on another base, unknown or taken names and pools with another
+        metric; nothing is changed then.
         """
         other = load_pool(self.base_model, directory)
-        names = other.task_names() if names is None else list(dict.fromkeys(names))
-        for name in names:
-            self.pool.check_take(other, name)
-        return [self.pool.take_task(other, name) for name in names]
+        return self.pool.take_tasks(other, other.task_names() if names is None else names)
 
     def remove_task(self, name: str) -> None:
         """Forget a task: its entries can never be picked again."""

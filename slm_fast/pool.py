@@ -1,8 +1,9 @@
 """The knowledge pool: keys, low-rank factors and ownership of every entry, with O(1) addition and removal."""
 
 import copy
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -200,12 +201,9 @@ class KnowledgePool(nn.Module):
         if self.query_dim is None:
             self._set_query_dim(keys.shape[1])
         if queries is not None:
-            losses = (
-                self._held_out_losses(queries.to(self.keys)) if self.config.temperature == "auto" else None
-            )
+            losses = self._held_out_losses(queries)
             self.metric.update(name, queries.to(self.keys))
-            if losses is not None:
-                self.metric.tasks[module_key(name)].losses = losses
+            self._keep_losses(name, losses)
         info = TaskInfo(name, labels=list(labels) if labels is not None else None)
         self.version += 1
         self._settle()
@@ -237,13 +235,34 @@ class KnowledgePool(nn.Module):
         self.refresh_index(None if queries is not None and self.metric.has_statistics else info.slots)
         return info
 
-    @torch.no_grad()
-    def take_task(self, other: "KnowledgePool", name: str) -> TaskInfo:
+    def take_task(self, other: "KnowledgePool", name: str, queries: Tensor | None = None) -> TaskInfo:
         """Add task `name` of another pool: its entries, keys, statistics and head, as if learnt here.
 
-        Raises ValueError when the name is taken, or the pools differ in linears, metric or size of a query.
+        With temperature="auto" its own `queries` [N, D] measure its losses anew, against the tasks here;
+        without them it keeps its losses where all tasks that they were measured against are here, and has
+        none elsewhere. Raises ValueError when the name is taken, or the pools differ in linears, metric or
+        size of a query.
         """
         self.check_take(other, name)
+        losses = None if queries is None else self._held_out_losses(queries)
+        info = self._take(other, name)
+        if queries is not None:
+            self._keep_losses(name, losses)
+        self._drop_losses()
+        return info
+
+    def take_tasks(self, other: "KnowledgePool", names: Sequence[str]) -> list[TaskInfo]:
+        """`take_task` of several, in this order; they keep losses that were measured against each other.
+        Nothing is changed where it raises."""
+        names = list(dict.fromkeys(names))
+        for name in names:
+            self.check_take(other, name)
+        infos = [self._take(other, name) for name in names]
+        self._drop_losses()
+        return infos
+
+    @torch.no_grad()
+    def _take(self, other: "KnowledgePool", name: str) -> TaskInfo:
         theirs, head = other.task(name), other.head(name)
         info = self.add_task(
             name,
@@ -282,8 +301,7 @@ class KnowledgePool(nn.Module):
         """A pool of its own with some of the tasks, in the order of the names."""
         pool = KnowledgePool(self.config, self.modules_shape, self.query_dim, self.factors[0].A.dtype)
         pool.to(self.start.device)
-        for name in names:
-            pool.take_task(self, name)
+        pool.take_tasks(self, names)
         return pool
 
     @torch.no_grad()
@@ -301,8 +319,8 @@ class KnowledgePool(nn.Module):
             self.slot_version[t] = self.factors_version[t] = self.version
 
     def remove_task(self, name: str) -> None:
-        """Forget a task: its entries can never be picked again, their slots and rows are reused, and the
-        metric is what it would be without the task."""
+        """Forget a task: its entries can never be picked again, their slots and rows are reused, the metric
+        is what it would be without the task, and losses that were measured against it are gone."""
         info = self.task(name)
         if self.owner == name:
             raise ValueError(f"task {name!r} is being trained")
@@ -320,6 +338,7 @@ class KnowledgePool(nn.Module):
         del self.tasks[name]
         if self.metric is not None and self.metric.remove(name):
             self.refresh_index()
+        self._drop_losses()
 
     def new_metric(self, dim: int) -> nn.Module:
         """The config's metric for queries of size `dim`, without any statistics."""
@@ -467,11 +486,14 @@ class KnowledgePool(nn.Module):
 
             mean over the queries of -log softmax_t(max over the entries of t of score / temperature)[new]
 
-        at every one of `TEMPERATURES`. None where there is no other task, or too few queries.
+        at every one of `TEMPERATURES`. None where no temperature is fitted, there is no other task, or too
+        few queries.
         """
         num_keys, part = self.config.entries_per_task, len(query) // 5
-        if not self.tasks or not part or len(query) - part < num_keys:
+        fitted = self.config.temperature == "auto" and self.tasks
+        if not fitted or not part or len(query) - part < num_keys:
             return None
+        query = query.to(self.keys)
         order = torch.randperm(len(query), generator=torch.Generator().manual_seed(0)).to(query.device)
         held_out, rest = query[order[:part]], query[order[part:]]
         metric = self.metric.only([*self.tasks])
@@ -487,6 +509,28 @@ class KnowledgePool(nn.Module):
         best.scatter_reduce_(1, number.expand(part, -1), scores, "amax")
         best = (best - best[:, number[:1]]).cpu()
         return torch.stack([(best / temperature).logsumexp(1).mean() for temperature in TEMPERATURES])
+
+    def identity(self, name: str) -> int:
+        """Of a task, the same in every pool that has taken it: of its name and its keys."""
+        keys = self.keys[self.task(name).slots].cpu().numpy().tobytes()
+        digest = hashlib.sha256(f"{name}\0".encode() + keys).digest()
+        return int.from_bytes(digest[:8], "little", signed=True)
+
+    def _keep_losses(self, name: str, losses: Tensor | None) -> None:
+        """Give the task, if it has statistics, losses that were measured against all others that are here."""
+        if self.metric.has_statistics:
+            others = [other for other in self.tasks if other != name and losses is not None]
+            self.metric.tasks[module_key(name)].keep_losses(losses, [self.identity(o) for o in others])
+
+    def _drop_losses(self) -> None:
+        """Leave no losses that were measured against a task that is not here."""
+        if self.metric is None or not self.metric.has_statistics:
+            return
+        measured = [task for task in self.metric.tasks.values() if len(task.losses)]
+        here = {self.identity(name) for name in self.tasks} if measured else set()
+        for task in measured:
+            if not here.issuperset(task.against.tolist()):
+                task.keep_losses(None)
 
     def search(self, query: Tensor, tasks: str | list[str | None] | None = None) -> Routing:
         """Route queries [B, D]: the `top_k` best entries and their weights, as a `Routing`.

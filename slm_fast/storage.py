@@ -18,8 +18,9 @@ from slm_fast.layers import is_plain
 from slm_fast.pool import KnowledgePool
 from slm_fast.task_statistics import module_key
 
-FORMAT = 4
-READABLE = (3, 4)  # 3: a task's directions in fp16, what they leave of its scatter as a diagonal
+FORMAT = 5
+# 3: a task's directions in fp16, what they leave of its scatter as a diagonal; 4: losses without `against`
+READABLE = (3, 4, 5)
 KEYS_NAME = "slm_keys.safetensors"
 HEADS_NAME = "slm_heads.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -199,7 +200,7 @@ def _parse_index(path: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{path} is damaged: {error!r}") from error
     if version not in READABLE:
-        known = " and ".join(map(str, READABLE))
+        known = ", ".join(map(str, READABLE))
         raise OSError(f"{path} has format {version}; this release reads formats {known}")
     return index
 

@@ -1,5 +1,6 @@
 """What the metric keeps of a task's queries: moments in a few directions, never examples."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,14 +135,20 @@ class TaskStatistics(nn.Module):
     queries. `rest` [D / s, s, s]: what they leave of the scatter between the values that a hidden unit has
     in the s states of which a query is made, for neighbouring layers say nearly the same; with s = 1 a
     diagonal. Of format 3 V is in fp16 and s = 1. `quantiles`: of the held-out distances, 0 to 1. `losses`: of
-    held-out texts among the tasks known then, at every temperature of `keys.TEMPERATURES`, if one is fitted.
-    It stays on the CPU wherever the pool is moved.
+    held-out texts among the task and others, at every temperature of `keys.TEMPERATURES`, if one is fitted;
+    `against`: these others, by `KnowledgePool.identity`. It stays on the CPU wherever the pool is moved.
     """
 
-    SIZED = ("V", "scale", "rest", "quantiles", "losses")  # the buffers whose sizes differ among tasks
+    SIZED = ("V", "scale", "rest", "quantiles", "losses", "against")  # buffers whose sizes differ among tasks
 
     def __init__(
-        self, dim: int, rank: int, states: int = 1, num_quantiles: int = NUM_QUANTILES, num_losses: int = 0
+        self,
+        dim: int,
+        rank: int,
+        states: int = 1,
+        num_quantiles: int = NUM_QUANTILES,
+        num_losses: int = 0,
+        num_others: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
@@ -152,6 +159,7 @@ class TaskStatistics(nn.Module):
         self.register_buffer("rest", torch.zeros(dim // states, states, states))
         self.register_buffer("quantiles", torch.zeros(num_quantiles))
         self.register_buffer("losses", torch.zeros(num_losses))
+        self.register_buffer("against", torch.zeros(num_others, dtype=torch.int64))
         self._own: Gaussian | None = None
 
     @classmethod
@@ -183,15 +191,23 @@ class TaskStatistics(nn.Module):
     @classmethod
     def like(cls, saved: dict[str, Tensor]) -> "TaskStatistics":
         """Room for statistics that were saved: their `SIZED` buffers, which are brought up to date, in place,
-        where they are of format 3."""
+        where they are of format 3. Losses of before format 5 go: nobody knows against which tasks they were
+        measured."""
         saved.setdefault("scale", torch.ones(len(saved["V"])))
+        if "against" not in saved:
+            saved |= {"losses": saved["losses"][:0], "against": torch.zeros(0, dtype=torch.int64)}
         if saved["rest"].ndim == 1:
             saved["rest"] = saved["rest"][:, None, None]
         rank, dim = saved["V"].shape
-        sizes = saved["rest"].shape[1], len(saved["quantiles"]), len(saved["losses"])
+        sizes = saved["rest"].shape[1], *(len(saved[name]) for name in ("quantiles", "losses", "against"))
         made = cls(dim, rank, *sizes)
         made.V = made.V.to(saved["V"].dtype)
         return made
+
+    def keep_losses(self, losses: Tensor | None, against: Sequence[int] = ()) -> None:
+        """Replace the losses; None leaves none."""
+        self.losses = self.losses[:0] if losses is None else losses
+        self.against = torch.tensor(against, dtype=torch.int64)
 
     def directions(self) -> Tensor:
         """V with its scale, [k, D] fp32."""

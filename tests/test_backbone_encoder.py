@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
 from slm_fast import SLMConfig, SLMModel, fast_forward, get_slm_model, patch_model, unpatch_model
-from slm_fast.backbone_encoder import BackboneEncoder, auto_layers, backbone_of, layer_list, separation
+from slm_fast.backbone_encoder import BackboneEncoder, auto_layers, backbone_of, layer_list
 from slm_fast.cli import main
 from slm_fast.loading import load_base
 
@@ -242,6 +242,42 @@ def test_each_model_embeds_with_itself():
         get_slm_model(tiny_base("llama"), config, encoder=encoder)
 
 
+def test_bases_that_were_loaded_again_share_queries(tmp_path, monkeypatch):
+    """In memory and on disk, of other layers too; not those of another base, dtype or form of the text."""
+    passes, tokenized = [], BackboneEncoder._tokenized
+
+    def counting(self, texts):
+        passes.extend(texts)
+        return tokenized(self, texts)
+
+    monkeypatch.setattr(BackboneEncoder, "_tokenized", counting)
+    memory = {}
+
+    def passes_of(folder=None, change=None, dtype=torch.float32, **options) -> int:
+        """Texts that the encoder of a new base encodes."""
+        base, settings = base_of("llama", dtype=dtype), {"query_layers": [1, 2], "max_length": 8}
+        if change:
+            change(base)
+        encoder = BackboneEncoder(base, tokenizer(), **(settings | options))
+        encoder = encoder.share(memory) if folder is None else encoder.keep_in(folder)
+        last = encoder.with_layers([-1])
+        passes.clear()
+        query, other = encoder(TEXTS), last(TEXTS)
+        if dtype is torch.float32 and not (change or options):
+            torch.testing.assert_close(normalize(other[0], dim=0), wanted(base, TEXTS[0], [4]))
+            torch.testing.assert_close(query[0], wanted(base, TEXTS[0], [1, 2]), rtol=1e-4, atol=1e-5)
+        return len(passes)
+
+    def others(base):
+        base.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+
+    for folder in (None, tmp_path):
+        assert passes_of(folder) == len(TEXTS) and passes_of(folder) == 0
+        assert passes_of(folder, others) == passes_of(folder, dtype=torch.bfloat16) == len(TEXTS)
+        assert passes_of(folder, query_layers=[2]) == len(TEXTS)
+    assert passes_of(in_prefill=True) == len(TEXTS) and passes_of(in_prefill=True) == 0
+
+
 def test_patched_models_and_fast_forward():
     model = slm_of("llama")
     routing, pool = model.route(TEXTS), model.pool
@@ -373,21 +409,6 @@ def test_what_cannot_be_a_backbone():
     base.model.layers[0].forward = base.model.layers[0].forward
     with pytest.raises(ValueError, match="LlamaDecoderLayer was replaced"):
         BackboneEncoder(base, tokenizer())(TEXTS)
-
-
-def test_separation():
-    """Tasks apart are told apart, equal ones are not, and a text's own query makes no keys."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(3, 80, 16, generator=generator)
-    centres = torch.eye(16)[:3] * 12
-    apart = {f"t{i}": noise[i] + centres[i] for i in range(3)}
-    assert separation(apart) == {"t0": 1.0, "t1": 1.0, "t2": 1.0}
-    equal = separation({f"t{i}": noise[i] for i in range(3)})
-    assert 0.1 < sum(equal.values()) / 3 < 0.6
-    swapped = {"t0": torch.cat([apart["t0"][:60], apart["t1"][:20]]), "t1": apart["t1"], "t2": apart["t2"]}
-    assert separation(swapped) == {"t0": 0.75, "t1": 1.0, "t2": 1.0}
-    with pytest.raises(ValueError, match="4 keys need at least 4 texts, got 3"):
-        separation({"t0": apart["t0"][:4]})
 
 
 def test_auto_layers():

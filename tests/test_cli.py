@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 from conftest import tiny_base
+from tiny_runner import make_tokenizer
 from transformers import AutoTokenizer
 
+from slm_fast.backbone_encoder import BackboneEncoder
 from slm_fast.cli import main
 from slm_fast.continual.runner import ContinualRunner
 
@@ -105,6 +107,30 @@ def test_options_of_training_and_methods_arrive(learnt, tmp_path, monkeypatch):
     assert runner.model.encoder.layers == [1, 2] and runner.model.slm_config.weighting == "softmax"
     assert runner.methods["replay"].options == {"share": 0.5}
     assert runner.report()["settings"]["bf16"] is True
+
+
+def test_runs_with_the_bases_own_layers_encode_a_text_once(learnt, tmp_path, monkeypatch):
+    """By whichever seed or command."""
+    passes, tokenized = [], BackboneEncoder._tokenized
+
+    def counting(self, texts):
+        passes.extend(texts)
+        return tokenized(self, texts)
+
+    monkeypatch.setattr(BackboneEncoder, "_tokenized", counting)
+    monkeypatch.setattr(ContinualRunner, "cost", lambda runner: None)  # which measures passes
+    monkeypatch.setattr(
+        "slm_fast.loading.load_base", lambda name, dtype: (tiny_base("bert"), make_tokenizer())
+    )
+    common = ["learn", "--data", str(learnt.parent), "--encoder", "backbone", "--max-steps", "1"]
+    common += ["--batch-size", "4", "--methods", "slm,batch", "--set", "num_groups=4"]
+    for number, (seeds, queries, encoded) in enumerate(
+        [("0,1", None, 40), ("0", tmp_path / "queries", 40), ("1,2", tmp_path / "queries", 0)]
+    ):
+        passes.clear()
+        kept = [] if queries is None else ["--queries", str(queries)]
+        assert main([*common, "--seeds", seeds, "--output", str(tmp_path / f"run{number}"), *kept]) == 0
+        assert len(passes) == len(set(passes)) == encoded
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,27 @@ def test_a_text_is_encoded_once_by_all_processes(minilm, tmp_path):
     assert len(seen) == 3
 
 
+def test_one_pass_makes_queries_of_other_layers_too(minilm, tmp_path, monkeypatch):
+    texts = [f"text number {n}" for n in range(40)]
+    want = Encoder(minilm, query_layers=[-1], max_length=16)(texts)
+    encoder = Encoder(minilm, max_length=16).keep_in(tmp_path)
+    last = encoder.with_layers([-1])
+    assert encoder.with_layers([-1]) is last and last.model is encoder.model
+    assert last.settings() == encoder.settings() | {"query_layers": [-1]}
+    passes, tokenized = [], Encoder._tokenized
+    monkeypatch.setattr(
+        Encoder, "_tokenized", lambda self, part: passes.extend(part) or tokenized(self, part)
+    )
+    ours = encoder(texts)
+    assert torch.equal(last(texts), want) and sorted(passes) == sorted(texts)
+    for again in (Encoder(minilm, max_length=16), Encoder(minilm, max_length=16).with_layers([-1])):
+        assert torch.equal(again.keep_in(tmp_path)(texts), want if again.layers == [6] else ours)
+    assert len(passes) == len(texts)
+    last(["another"])  # by itself: the first one is not asked
+    encoder(["another"])
+    assert passes[len(texts) :] == ["another"] * 2
+
+
 def test_queries_that_cannot_be_kept(minilm, tmp_path):
     with pytest.raises(ValueError, match="only an encoder with a name"):
         Encoder(lambda texts: torch.ones(len(texts), 4)).keep_in(tmp_path)

@@ -9,6 +9,7 @@ from conftest import tiny_base
 from tiny_runner import Killed, dying, kept, make_tasks, make_tokenizer, new_runner
 from torch.utils.data import SequentialSampler
 
+from slm_fast.backbone_encoder import BackboneEncoder
 from slm_fast.continual.baselines import TaskBatchSampler, entry_parameters
 from slm_fast.continual.method import Method
 from slm_fast.continual.methods import METHODS, batch_routing
@@ -338,6 +339,21 @@ def test_the_papers_retrieval_reads_the_last_layer_of_the_engines_encoder(make_r
         with method.open():
             encoder = method.encoder if name == "batch" else method.model.encoder
             assert encoder.layers == [2] and runner.model.encoder.layers != [2]
+
+
+def test_the_papers_queries_are_made_by_the_engines_passes(make_runner, monkeypatch):
+    passes, tokenized = [], BackboneEncoder._tokenized
+
+    def counting(self, texts):
+        passes.extend(texts)
+        return tokenized(self, texts)
+
+    monkeypatch.setattr(BackboneEncoder, "_tokenized", counting)
+    tasks = make_tasks("colour")
+    runner = make_runner("run", ("slm", "batch", "paper"), tasks, encoder="backbone", epochs=1)
+    monkeypatch.setattr(runner, "cost", dict)  # which measures passes
+    runner.fit()
+    assert sorted(passes) == sorted({row.text for task in tasks for row in task.train + task.test})
 
 
 # ---- arguments and the state on disk

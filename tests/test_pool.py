@@ -360,8 +360,60 @@ def test_a_fitted_temperature():
         torch.nn.functional.cross_entropy(best / t, torch.ones(12, dtype=torch.long)) for t in TEMPERATURES
     ]
     torch.testing.assert_close(pool.metric.tasks["task:t1"].losses, torch.stack(losses), rtol=1e-4, atol=1e-5)
-    pool.remove_task("t1")
-    assert pool.temperature() == TEMPERATURES[int(pool.metric.tasks["task:t2"].losses.argmin())]
+
+
+def losses_of(pool):
+    """{task: its losses}, of those that have some."""
+    tasks = {name: pool.metric.tasks[f"task:{name}"] for name in pool.tasks}
+    return {name: task.losses for name, task in tasks.items() if len(task.losses)}
+
+
+def fitted_pool(*tasks):
+    pool = KnowledgePool(SLMConfig(r=1, temperature="auto"), {"a": (8, 6)})
+    for t in tasks:
+        pool.add_task(f"t{t}", clustered_embeddings(t)[:4], queries=clustered_embeddings(t))
+    return pool
+
+
+def test_a_removed_task_takes_what_was_measured_against_it():
+    pool = fitted_pool(0, 1, 2, 3)
+    assert list(losses_of(pool)) == ["t1", "t2", "t3"]
+    pool.remove_task("t2")
+    assert list(losses_of(pool)) == ["t1"]
+    assert pool.temperature() == TEMPERATURES[int(losses_of(pool)["t1"].argmin())]
+    pool.remove_task("t0")
+    assert not losses_of(pool) and pool.temperature() == pool.metric.default_temperature
+    pool.add_task("t2", clustered_embeddings(2)[:4], queries=clustered_embeddings(2))
+    assert list(losses_of(pool)) == ["t2"]
+
+
+def test_taken_tasks_keep_losses_against_tasks_that_are_there():
+    other = fitted_pool(0, 1, 2)
+    whole = fitted_pool()
+    whole.take_tasks(other, ["t2", "t0", "t1"])
+    assert list(losses_of(whole)) == ["t2", "t1"] and whole.temperature() == other.temperature()
+    assert list(losses_of(other.only(["t0", "t1"]))) == ["t1"] and not losses_of(other.only(["t1", "t2"]))
+    part = fitted_pool()
+    part.take_task(other, "t1")
+    part.take_task(other, "t0")
+    assert not losses_of(part)  # those of t1 went when t0 was not there
+    part.take_task(other, "t2")
+    assert torch.equal(losses_of(part)["t2"], losses_of(other)["t2"])
+    namesake = KnowledgePool(other.config, other.modules_shape)
+    namesake.add_task("t0", clustered_embeddings(7)[:4], queries=clustered_embeddings(7))
+    namesake.take_task(other, "t1")
+    assert not losses_of(namesake)
+
+
+def test_a_taken_task_is_measured_again_with_its_queries():
+    apart, want = fitted_pool(5, 1), fitted_pool(0, 1)
+    pool = fitted_pool(0)
+    pool.take_task(apart, "t1", clustered_embeddings(1))
+    assert torch.equal(losses_of(pool)["t1"], losses_of(want)["t1"])
+    assert pool.metric.tasks["task:t1"].against.tolist() == [pool.identity("t0")]
+    alone = fitted_pool()
+    alone.take_task(apart, "t1", clustered_embeddings(1))
+    assert not losses_of(alone)
 
 
 @pytest.mark.parametrize(

@@ -128,12 +128,31 @@ def test_a_pool_of_format_3(tmp_path):
     assert torch.equal(old.pool.metric.scatter, stored["metric.scatter"])
     assert torch.equal(old.route(embeddings=query).indices, model.route(embeddings=query).indices)
     old.save_pretrained(folder / "again")
-    assert json.loads((folder / "again" / "slm_config.json").read_text())["format"] == 4
+    assert json.loads((folder / "again" / "slm_config.json").read_text())["format"] == 5
     again = SLMModel.from_pretrained(tiny_base("llama"), folder / "again")
     assert torch.equal(again.route(embeddings=query).scores, old.route(embeddings=query).scores)
     again.remove_task("topic")
     want = sum(task.scatter() for key, task in old.pool.metric.tasks.items() if key != "task:topic")
     torch.testing.assert_close(again.pool.metric.scatter, want)
+
+
+def test_losses_of_format_4_are_dropped(tmp_path):
+    """Nobody knows which tasks they were measured against; those of format 5 stay."""
+    model = tiny_model("llama", weighting="task", temperature="auto")
+    model.save_pretrained(tmp_path)
+    pool = SLMModel.from_pretrained(tiny_base("llama"), tmp_path).pool
+    assert pool.temperature() == model.pool.temperature() != pool.metric.default_temperature
+    pool.remove_task("task0")
+    assert pool.temperature() == pool.metric.default_temperature
+    stored = load_file(tmp_path / "slm_keys.safetensors")
+    data = save_tensors({name: t for name, t in stored.items() if not name.endswith(".against")})
+    (tmp_path / "slm_keys.safetensors").write_bytes(data)
+    index = json.loads((tmp_path / "slm_config.json").read_text()) | {"format": 4}
+    index["files"]["slm_keys.safetensors"] = hashlib.sha256(data).hexdigest()
+    (tmp_path / "slm_config.json").write_text(json.dumps(index))
+    old = SLMModel.from_pretrained(tiny_base("llama"), tmp_path).pool
+    assert old.temperature() == old.metric.default_temperature
+    assert not any(len(task.losses) for task in old.metric.tasks.values())
 
 
 def test_another_base_model_is_refused(tmp_path):

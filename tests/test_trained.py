@@ -111,6 +111,21 @@ def test_statistics_are_the_taking_runs_own(folder, first, untrained):
         assert len(found) == places, options
 
 
+def test_a_fitted_temperature_is_the_taking_runs_own(folder, monkeypatch):
+    """Whatever was trained before, and in which order."""
+    config = dict(temperature="auto")
+    options = dict(methods=("slm",), config=config, trained=folder / "fitted" / "trained")
+    run(folder / "fitted" / "first", **options).fit()
+    alone = run(folder / "fitted" / "alone", NAMES[::-1], **options | dict(trained=None)).fit().model.pool
+    monkeypatch.setattr(SLMTrainer, "train", None)
+    taken = run(folder / "fitted" / "second", NAMES[::-1], **options).fit().model.pool
+    assert taken.temperature() == alone.temperature()
+    for name in NAMES:
+        ours, theirs = (pool.metric.tasks[f"task:{name}"] for pool in (taken, alone))
+        assert torch.equal(ours.losses, theirs.losses) and torch.equal(ours.against, theirs.against)
+        assert bool(len(ours.losses)) == (name != NAMES[-1])
+
+
 def test_a_task_that_trains_longer(folder, first):
     """Its own number of epochs counts in training, in what is taken over and in what a run is."""
 

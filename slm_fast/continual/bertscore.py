@@ -30,7 +30,7 @@ def token_embeddings(texts: Sequence[str], model: str, batch_size: int = 32) -> 
             return_tensors="pt",
         )
         special = encoded.pop("special_tokens_mask")
-        (states,), mask = encoder._hidden_states(**encoded)
+        (states,), mask = encoder._hidden_states(encoder.layers, **encoded)
         kept = mask.bool().cpu() & ~special.bool()
         found += [F.normalize(s.float().cpu()[k], dim=-1) for s, k in zip(states, kept, strict=True)]
     return found

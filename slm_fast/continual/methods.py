@@ -14,7 +14,7 @@ from slm_fast.config import CONFIG_NAME, SLMConfig
 from slm_fast.continual.baselines import EWC, Finetune, Joint, OLoRA, PerTask, Replay, Sequential
 from slm_fast.continual.method import Method, shared
 from slm_fast.continual.tasks import Task
-from slm_fast.encoder import make_encoder
+from slm_fast.encoder import Encoder
 from slm_fast.model import SLMModel
 from slm_fast.pool import KnowledgePool
 from slm_fast.routing import Routing
@@ -79,11 +79,12 @@ class Batch(Method):
     settled = True
     trained_parameters = 0
 
+    def __init__(self, runner, options: dict | None = None) -> None:
+        super().__init__(runner, options)
+        self.config, self.encoder = papers_retrieval(self.model)
+
     @contextmanager
     def open(self) -> Iterator[None]:
-        self.config, encoder = papers_retrieval(self.model)
-        base, tokenizer = self.model.base_model, self.model.require_tokenizer()
-        self.encoder = make_encoder(self.config, encoder, base, tokenizer)
         path = self.folder / "keys.safetensors"
         saved = load_file(path) if path.is_file() else {}
         self.keys = {task.name: saved[task.name] for task in self.tasks if task.name in saved}
@@ -117,11 +118,14 @@ class Paper(SLM):
     name, label = "paper", "the paper's SLM, batch-averaged"
     note = "all rows of a test batch come from one task and share a mixture; in training each row has its own"
 
+    def __init__(self, runner, options: dict | None = None) -> None:
+        super().__init__(runner, options)
+        self.retrieval = papers_retrieval(self.model)
+
     @contextmanager
     def open(self) -> Iterator[None]:
-        config, encoder = papers_retrieval(self.runner.model)
         with self.runner.base_model() as base:
-            self.model = self.wrap(base, config, encoder)
+            self.model = self.wrap(base, *self.retrieval)
             yield
 
     def answers(self, task: Task) -> list[Prediction]:
@@ -131,12 +135,12 @@ class Paper(SLM):
         return self.predict(task, routing=batch_routing(self.model, pool.config, keys, query, size))
 
 
-def papers_retrieval(model: SLMModel) -> tuple[SLMConfig, object | None]:
-    """The paper's settings for entries of the model's sizes; an encoder that has no name to be made again."""
-    encoder = model.encoder
-    name = encoder.name_or_path
-    config = SLMConfig.paper(**shared(model.slm_config) | {"encoder_name_or_path": name})
-    return config, encoder if name is None else None
+def papers_retrieval(model: SLMModel) -> tuple[SLMConfig, Encoder]:
+    """The paper's settings for entries of the model's sizes, and the model's encoder with its last layer, as
+    it is if it has no name. Asked for before "slm" learns, its queries are made by the passes of that."""
+    encoder = model.encoder.on(model.base_model, in_prefill=False)
+    config = SLMConfig.paper(**shared(model.slm_config) | {"encoder_name_or_path": encoder.name_or_path})
+    return config, encoder if encoder.name_or_path is None else encoder.with_layers(config.query_layers)
 
 
 def key_pool(config: SLMConfig, keys: dict[str, Tensor]) -> KnowledgePool:

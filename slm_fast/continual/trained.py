@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from slm_fast.config import SLMConfig
 from slm_fast.continual.method import Method
 from slm_fast.continual.tasks import Task
@@ -21,8 +23,9 @@ ANY_RANK = 512  # stands in a folder's name for a `statistics_rank` that trainin
 
 class TrainedTasks:
     """A folder of trained tasks. A folder in it is a saved pool, named after the method, the tasks and all
-    that their training depends on: rows, settings, seed, base and encoder. The metric's statistics are the
-    taking run's own: made again from the task's texts where that keeps them in another way.
+    that their training depends on: rows, settings, seed, base and encoder. What is not training is the taking
+    run's own: statistics are made again from the task's texts where it keeps them in another way, and what
+    temperature="auto" is fitted to is measured again, against the tasks that the run has.
 
     Only training that does not depend on the tasks before is kept (`Method.independent`), and none where the
     encoder has no name.
@@ -37,10 +40,11 @@ class TrainedTasks:
         place = self._place(method, stage)
         if place is None or not _has_pool(place):
             return None
-        pool = load_pool(method.model.base_model, place)
+        pool, own = load_pool(method.model.base_model, place), method.model.pool
         for task in method.learnt_at(stage):
             _keep_statistics(pool, task, method)
-            method.model.pool.take_task(pool, task.name)
+            queries = _queries(task, method) if own.config.temperature == "auto" else None
+            own.take_task(pool, task.name, queries)
         return json.loads((place / COST_NAME).read_text(encoding="utf8"))
 
     def keep(self, method: Method, stage: int, cost: dict) -> None:
@@ -94,12 +98,13 @@ def _keep_statistics(pool: KnowledgePool, task: Task, method: Method) -> None:
     rank = method.model.pool.new_metric(len(old.mean)).rank
     if old.is_kept_in(rank):
         return
-    texts = [row.text for row in task.train]
-    query = method.model.router.queries(texts, progress=method.runner.progress).to(pool.keys)
     pool.metric.remove(task.name)
     pool.metric.rank = rank
-    pool.metric.update(task.name, query)
-    pool.metric.tasks[module_key(task.name)].losses = old.losses
+    pool.metric.update(task.name, _queries(task, method).to(pool.keys))
+
+
+def _queries(task: Task, method: Method) -> Tensor:
+    return method.model.router.queries([row.text for row in task.train], progress=method.runner.progress)
 
 
 def _content(task: Task) -> list:
