@@ -181,6 +181,21 @@ def test_early_stopping_ends_at_the_best_epoch_of_held_out_rows(make_runner, mon
         make_runner("other", early_stopping=1, holdout=1)
 
 
+def test_early_stopping_in_a_run_that_is_continued(make_runner, monkeypatch):
+    options = dict(tasks=make_tasks("colour"), epochs=30, early_stopping=2, holdout=0.25)
+    whole = make_runner("whole", **options).fit()
+    for name, (owner, at) in {
+        "waiting": ("training_step", whole.state["steps"]["slm"]),  # after an epoch that was no better
+        "over": ("_load_best_model", 1),
+    }.items():
+        monkeypatch.setattr(SLMTrainer, owner, dying(getattr(SLMTrainer, owner), at))
+        with pytest.raises(Killed):
+            make_runner(name, **options).fit()
+        monkeypatch.undo()
+        resumed = make_runner(name, **options).fit()
+        assert resumed.state["steps"] == whole.state["steps"] and kept(resumed, "slm") == kept(whole, "slm")
+
+
 def test_costs_of_an_answer_and_of_a_task(make_runner):
     report = make_runner("run", ("slm", "oracle", "seq", "finetune")).fit().report()
     pool = make_runner("run", ("slm", "oracle", "seq", "finetune")).fit().model.pool
