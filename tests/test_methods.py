@@ -1,6 +1,7 @@
 import gc
 import html
 import json
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from conftest import tiny_base
 from tiny_runner import Killed, dying, kept, make_tasks, make_tokenizer, new_runner
 from torch.utils.data import SequentialSampler
+from transformers.quantizers import HfQuantizer
 
-from slm_fast.continual.baselines import TaskBatchSampler, entry_parameters
+from slm_fast.continual.baselines import TaskBatchSampler, entry_parameters, full_precision
 from slm_fast.continual.method import Method
 from slm_fast.continual.methods import METHODS, batch_routing
 from slm_fast.continual.runner import ContinualRunner, write_reports
@@ -301,6 +303,38 @@ def test_finetune_trains_a_copy_of_the_base(finished):
         tuned = dict(method.model.unload().named_parameters())
     moved = {name for name, p in tuned.items() if not torch.equal(p, before.get_parameter(name))}
     assert moved == {name for name in tuned if "pooler" not in name}
+
+
+class Unpacked(HfQuantizer):
+    """As GGUF's: its weights are plain numbers, but it refuses to save them."""
+
+    is_trainable = False
+
+    def is_serializable(self, *_):
+        return False
+
+
+def test_finetune_of_a_base_that_was_unpacked(finished, make_runner, monkeypatch):
+    """In two processes: what the first one saved is loaded by the second."""
+
+    def unpacked(*args):
+        runner = make_runner(*args)
+        base = runner.model.base_model
+        base.hf_quantizer = Unpacked(SimpleNamespace(quant_method="gguf", pre_quantized=True))
+        base.config.quantization_config, base.is_quantized = {"quant_method": "gguf"}, True
+        return runner
+
+    monkeypatch.setattr(METHODS["finetune"], "save", dying(METHODS["finetune"].save, 2))
+    with pytest.raises(Killed):
+        unpacked("run", ("finetune",)).fit()
+    monkeypatch.undo()
+    runner = unpacked("run", ("finetune",)).fit()
+    assert kept(runner, "finetune") == kept(finished, "finetune")
+    assert runner.model.base_model.hf_quantizer is not None and runner.model.config.quantization_config
+    packed = runner.model.base_model.embeddings.word_embeddings.weight
+    packed.requires_grad_(False).data = packed.data.to(torch.int8)
+    with pytest.raises(ValueError, match="embeddings.word_embeddings.weight of the base is quantised"):
+        full_precision(runner.model.base_model)
 
 
 def test_batch_shares_a_mixture_and_reads_the_entries_of_slm(finished):
