@@ -11,10 +11,13 @@ from tiny_runner import Killed, dying, kept, make_tasks, make_tokenizer, new_run
 from torch.utils.data import SequentialSampler
 from transformers.quantizers import HfQuantizer
 
+from slm_fast.config import CONFIG_NAME
 from slm_fast.continual.baselines import TaskBatchSampler, entry_parameters, full_precision
 from slm_fast.continual.method import Method
 from slm_fast.continual.methods import METHODS, batch_routing
 from slm_fast.continual.runner import ContinualRunner, write_reports
+from slm_fast.layers import layer_index
+from slm_fast.storage import read_index
 from slm_fast.trainer import SLMTrainer
 
 OWN_STAGES = [name for name, method in METHODS.items() if method.own_stages]
@@ -372,6 +375,35 @@ def test_the_papers_retrieval_reads_the_last_layer_of_the_engines_encoder(make_r
         with method.open():
             encoder = method.encoder if name == "batch" else method.model.encoder
             assert encoder.layers == [2] and runner.model.encoder.layers != [2]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_all_methods_adapt_the_linears_behind_the_query(make_runner, family):
+    config = dict(query_layers=[1], route_in_prefill=True)
+    names, tasks = tuple(name for name in METHODS if name not in ("batch", "replay")), make_tasks("colour")
+    options = dict(family=family, encoder="backbone", epochs=1, config=config)
+    runner = make_runner("run", names, tasks, **options).fit()
+    linears = list(runner.model.pool.modules_shape)
+    assert {layer_index(name) for name in linears if not name.startswith("decoder")} == {1}
+    methods = runner.report()["methods"]
+    for name in names:
+        if name != "oracle":
+            saved = read_index(runner.output_dir / name)
+            assert ("route_in_prefill" in saved["config"]) == (name != "paper")  # what heads read
+        if name not in ("oracle", "finetune"):
+            assert list(saved["modules"]) == linears, name
+            assert methods[name]["trained_parameters"] == runner.trainable
+
+
+def test_trained_parameters_are_the_methods_own(make_runner):
+    runner = make_runner("run", ("slm", "seq"), make_tasks("colour"), epochs=1).fit()
+    path = runner.output_dir / "seq" / CONFIG_NAME
+    index = json.loads(path.read_text())
+    (name, shape), *_ = index["modules"].items()
+    path.write_text(json.dumps(index | {"modules": {name: shape}}))
+    methods = runner.report()["methods"]
+    assert methods["seq"]["trained_parameters"] == 2 * 2 * sum(shape) < runner.trainable
+    assert methods["slm"]["trained_parameters"] == runner.trainable
 
 
 # ---- arguments and the state on disk

@@ -18,6 +18,7 @@ from slm_fast.config import CONFIG_NAME, KEY_TRAINING, SLMConfig
 from slm_fast.continual.tasks import Example, Task
 from slm_fast.model import SLMModel, get_slm_model
 from slm_fast.routing import Routing
+from slm_fast.storage import read_index
 from slm_fast.trainer import SLMTrainer, last_checkpoint
 
 # Fields of the engine's config that every method takes over; the rest is how the engine retrieves.
@@ -136,8 +137,12 @@ class Method(ABC):
 
     @property
     def trained_parameters(self) -> int:
-        """Numbers that a task's training changes, its head apart."""
-        return self.runner.trainable
+        """Numbers that a task's training changes, its head apart, in what was saved."""
+        index = read_index(self.folder)
+        rank = index["config"]["r"] * index["config"]["entries_per_task"]
+        return rank * sum(
+            in_features + out_features for in_features, out_features in index["modules"].values()
+        )
 
     def split(self, task: Task) -> tuple[list[Example], list[Example] | None]:
         """The rows that a task is trained on, and those held out to stop early by; of all methods alike."""

@@ -135,7 +135,10 @@ def papers_retrieval(model: SLMModel) -> tuple[SLMConfig, object | None]:
     """The paper's settings for entries of the model's sizes; an encoder that has no name to be made again."""
     encoder = model.encoder
     name = encoder.name_or_path
-    config = SLMConfig.paper(**shared(model.slm_config) | {"encoder_name_or_path": name})
+    settings = shared(model.slm_config) | {"encoder_name_or_path": name}
+    if model.slm_config.route_in_prefill:  # which left out some linears; a query of the last layer cannot
+        settings["target_modules"] = list(model.pool.modules_shape)
+    config = SLMConfig.paper(**settings)
     return config, encoder if name is None else None
 
 
