@@ -56,12 +56,15 @@ class BackboneEncoder(Encoder):
         self._tokenizer = None if tokenizer is None else self._private(tokenizer)
         backbone = backbone_of(base)
         config, self.num_layers = backbone.config, len(layer_list(backbone)[1])
-        if query_layers == "auto":
-            self.layers = auto_layers(self.num_layers, config.hidden_size)
-        else:
-            self.layers = choose_layers(query_layers, self.num_layers, config.hidden_size)
+        self.layers = self.layers_of(query_layers)
         self._limit_length(config)
         self._frozen: tuple[list[int], nn.Module, dict[int, Tensor]] | None = None  # see `_twin`
+
+    def layers_of(self, query_layers: list[int] | str) -> list[int]:
+        hidden_size = backbone_of(self.model).config.hidden_size
+        if query_layers == "auto":
+            return auto_layers(self.num_layers, hidden_size)
+        return choose_layers(query_layers, self.num_layers, hidden_size)
 
     @property
     def cost(self) -> float:

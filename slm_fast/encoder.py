@@ -107,8 +107,13 @@ class Encoder:
     def _take(self, model: nn.Module, tokenizer, query_layers: list[int] | str) -> None:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.layers = choose_layers(query_layers, model.config.num_hidden_layers, model.config.hidden_size)
+        self.layers = self.layers_of(query_layers)
         self._limit_length(model.config)
+
+    def layers_of(self, query_layers: list[int] | str) -> list[int]:
+        """What `SLMConfig.query_layers` means for this encoder's model."""
+        config = self.model.config
+        return choose_layers(query_layers, config.num_hidden_layers, config.hidden_size)
 
     def _limit_length(self, config) -> None:
         limit = getattr(config, "max_position_embeddings", self.max_length)

@@ -27,7 +27,7 @@ from slm_fast.resident import ResidentPool
 from slm_fast.router import SOURCES, Router, input_of, rows_of
 from slm_fast.routing import Routing
 from slm_fast.starts import mean_weights, start_from_mixture
-from slm_fast.storage import load_pool, save_pool
+from slm_fast.storage import check_keys, load_pool, read_index, save_pool
 
 
 class SLMModel(nn.Module):
@@ -148,10 +148,11 @@ class SLMModel(nn.Module):
 
         What a task learns from a zero start does not depend on the other tasks, so pools that were trained
         apart, even on other machines, come together without loss. Raises OSError on missing or damaged files,
-        ValueError on another base, unknown or taken names and pools with another metric; nothing is changed
-        then.
+        ValueError on another base, unknown or taken names and pools with another metric or encoder; nothing is
+        changed then.
         """
         other = load_pool(self.base_model, directory)
+        check_keys(self.encoder, read_index(directory))
         names = other.task_names() if names is None else list(dict.fromkeys(names))
         for name in names:
             self.pool.check_take(other, name)
@@ -528,7 +529,7 @@ class SLMModel(nn.Module):
 
         The encoder is saved by name; one without a name (a callable) must be passed again on loading.
         """
-        save_pool(self.pool, self.base_model, directory, self.encoder.settings())
+        save_pool(self.pool, self.base_model, directory, self.encoder)
 
     @classmethod
     def from_pretrained(
