@@ -17,7 +17,7 @@ from pathlib import Path
 from slm_fast.config import HEAD_INITS, INITS, KEY_METHODS, METRICS, SLMConfig
 from slm_fast.continual.metrics import EVALUATED
 from slm_fast.continual.tasks import TEXT_METRICS
-from slm_fast.prompts import Prompt
+from slm_fast.prompts import Prompt, encode_prompts, encode_texts
 
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 # Of `learn` where neither an option nor a benchmark says otherwise.
@@ -322,9 +322,30 @@ def _route(args) -> int:
     return 0
 
 
+def _trained_length(pool, task: str | None) -> int:
+    """The tokens that training kept of an example, of the task or at most of any; 256 where none says so."""
+    lengths = [info.max_length for info in pool.tasks.values() if task in (None, info.name)]
+    return max((length for length in lengths if length), default=256)
+
+
+def _length(model, prediction) -> int:
+    """The tokens that its text would have if it were not cut."""
+    text, tokenizer, whole = [prediction.text], model.require_tokenizer(), 10**9
+    if prediction.task and model.pool.task(prediction.task).labels is not None:
+        in_prefill = model.slm_config.route_in_prefill
+        encoded = encode_texts(model.base_model, tokenizer, text, whole, in_prefill)
+    else:
+        encoded = encode_prompts(tokenizer, text, whole, model.is_seq2seq)
+    return encoded["input_ids"].shape[1]
+
+
 def _generate(args) -> int:
     model = _open_model(args)
-    predictions = model.predict(_texts(args), task=args.task, max_new_tokens=args.max_new_tokens)
+    max_length = args.max_length or _trained_length(model.pool, args.task)
+    limits = dict(max_length=max_length, max_new_tokens=args.max_new_tokens)
+    predictions = model.predict(_texts(args), task=args.task, **limits)
+    if cut := sum(_length(model, prediction) > max_length for prediction in predictions):
+        print(f"{cut} of {len(predictions)} texts cut to {max_length} tokens: --max-length", file=sys.stderr)
     answers = [
         {"text": p.text, "answer": p.answer, "task": p.task, "routing": p.entries} for p in predictions
     ]
@@ -525,6 +546,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "generate":
             command.add_argument("--task", help="tell the task instead of routing freely")
             command.add_argument("--max-new-tokens", type=int, default=32)
+            command.add_argument(
+                "--max-length", type=int, help="tokens kept of a text (default: as in training, else 256)"
+            )
 
     bench = commands.add_parser("bench", help="what a mixture costs, against every peer", add_help=False)
     bench.set_defaults(run=_bench)

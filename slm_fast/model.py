@@ -148,8 +148,8 @@ class SLMModel(nn.Module):
 
         What a task learns from a zero start does not depend on the other tasks, so pools that were trained
         apart, even on other machines, come together without loss. Raises OSError on missing or damaged files,
-        ValueError on another base, unknown or taken names and pools with another metric or encoder; nothing is
-        changed then.
+        ValueError on another base, unknown or taken names and pools with another metric or encoder; nothing
+        is changed then.
         """
         other = load_pool(self.base_model, directory)
         check_keys(self.encoder, read_index(directory))

@@ -92,12 +92,8 @@ def check_keys(encoder: Encoder, index: dict) -> None:
         raise ValueError(f"{theirs}, {ours}")
     if (layers := encoder.layers_of(config["query_layers"])) != encoder.layers:
         raise ValueError(f"{theirs} from its layers {layers}, {ours} from its layers {encoder.layers}")
-    prompts = config.get("route_in_prefill", False)
-    if (
-        here == "backbone"
-        and prompts != encoder.in_prefill
-        and getattr(encoder.model, "can_generate", bool)()
-    ):
+    prompts, generates = config.get("route_in_prefill", False), getattr(encoder.model, "can_generate", bool)()
+    if here == "backbone" and generates and prompts != encoder.in_prefill:
         forms = ["texts as they are", "prompts"]
         raise ValueError(f"{theirs} for {forms[prompts]}, {ours} for {forms[not prompts]} (route_in_prefill)")
 
@@ -175,7 +171,9 @@ def save_pool(
         "base": fingerprint,
         "modules": {name: list(shape) for name, shape in pool.modules_shape.items()},
         "dtype": str(pool.factors[0].A.dtype).removeprefix("torch."),
-        "tasks": [{"name": t.name, "labels": t.labels} for t in pool.tasks.values()],
+        "tasks": [
+            {"name": t.name, "labels": t.labels, "max_length": t.max_length} for t in pool.tasks.values()
+        ],
         "entries": [
             {
                 "name": pool.names[s],
@@ -298,6 +296,7 @@ def load_pool(base: nn.Module, directory: str | Path) -> KnowledgePool:
             hidden_size=None if weight is None else weight.shape[1],
             generator=torch.Generator(),  # everything drawn here is overwritten
         )
+        pool.task(task["name"]).max_length = task.get("max_length")
         for slot, entry in zip(pool.task(task["name"]).slots, entries, strict=True):
             pool.scaling[slot] = entry["scaling"]
             name = f"adapters/{entry['name']}/{ADAPTER_WEIGHTS}"

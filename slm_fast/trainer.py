@@ -101,6 +101,7 @@ class SLMTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise OSError(f"{resume_from_checkpoint} is not a checkpoint that was written to its end")
+        self.model.pool.task(self.task).max_length = self._encoding[3]
         with self.learning():
             if not resume_from_checkpoint:
                 self._start_heads()

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 
 from slm_fast.cli import main
 from slm_fast.continual.runner import ContinualRunner
+from slm_fast.model import SLMModel
 
 ROWS = {
     "colour": ("the {noun} is {label}", ["red", "blue"]),
@@ -56,6 +58,29 @@ def test_route_and_generate(learnt, capsys):
     assert answers[0]["answer"] in ("red", "blue") and answers[1]["answer"] in ("glad", "sad")
     assert main(["generate", "--model", model, "--task", "mood", texts[0]]) == 0
     assert "[mood]" in capsys.readouterr().out
+
+
+def test_generate_cuts_texts_where_training_did(learnt, tmp_path, capsys, monkeypatch):
+    seen, predict = [], SLMModel.predict
+
+    def predicting(model, texts, **options):
+        seen.append(options["max_length"])
+        return predict(model, texts, **options)
+
+    monkeypatch.setattr(SLMModel, "predict", predicting)
+    texts = ["the bus is red", "the bus is red " * 20]
+    for options, length, cut in (([], 24, 1), (["--max-length", "5"], 5, 2), (["--max-length", "99"], 99, 0)):
+        assert main(["generate", "--model", str(learnt / "slm"), *options, *texts]) == 0
+        error = capsys.readouterr().err
+        assert seen.pop() == length
+        assert (f"{cut} of 2 texts cut to {length} tokens: --max-length" in error) == bool(cut)
+    shutil.copytree(learnt / "slm", tmp_path / "old")
+    index = json.loads((tmp_path / "old" / "slm_config.json").read_text())
+    for task in index["tasks"]:
+        assert task.pop("max_length") == 24
+    (tmp_path / "old" / "slm_config.json").write_text(json.dumps(index))
+    assert main(["generate", "--model", str(tmp_path / "old"), *texts]) == 0
+    assert seen.pop() == 256 and "cut to" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
