@@ -5,12 +5,9 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from slm_fast.continual.metrics import EVALUATED
 from slm_fast.continual.tasks import TEXT_METRICS
 from slm_fast.prompts import Prompt, encode_prompts, encode_texts
 
-TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 # Of `learn` where neither an option nor a benchmark says otherwise.
 DEFAULTS = dict(
     base="minilm",
@@ -101,8 +97,7 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> di
     name = Path(str(args.base)).name
     if args.benchmark:
         name = f"{args.benchmark}, order {order}, seed {seed}, {name}"
-    with _tensorboard_folder(folder):
-        report = runner.fit().report(name)
+    report = runner.fit().report(name)
     if args.benchmark:
         report["settings"] = report["settings"] | {
             "benchmark": args.benchmark,
@@ -231,22 +226,6 @@ def _reporters(names: str | None) -> list[str]:
             found = ", ".join(available) or "none"
             raise ValueError(f"--report-to {name}: not installed, or unknown to transformers; found: {found}")
     return wanted
-
-
-@contextmanager
-def _tensorboard_folder(folder: Path) -> Iterator[None]:
-    """Inside, TensorBoard's files go to the run's folder, unless the environment says where.
-
-    The Trainer's own choice is beside its checkpoints, which are deleted when a task has been learnt.
-    """
-    if TENSORBOARD in os.environ:
-        yield
-        return
-    os.environ[TENSORBOARD] = str(folder / "tensorboard")
-    try:
-        yield
-    finally:
-        del os.environ[TENSORBOARD]
 
 
 def _number_or_word(text: str) -> float | str:
@@ -525,7 +504,7 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--seeds", help="several, separated by commas: a run with each, and their mean")
     learn.add_argument(
         "--report-to",
-        help="the Trainer's report_to, separated by commas: tensorboard (in OUTPUT/tensorboard), ...",
+        help="the Trainer's report_to, separated by commas: tensorboard (OUTPUT/tensorboard/METHOD/N-TASK), ...",
     )
     learn.set_defaults(run=_learn)
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -215,3 +216,22 @@ def test_a_run_is_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process, not one of 2"):
         ContinualRunner(None, make_tasks())
+
+
+def test_each_training_has_a_tensorboard_folder_of_its_own(make_runner, tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    places = ("slm/1-colour", "slm/2-size", "seq/1-colour", "seq/2-size")
+    for given in (None, tmp_path / "board"):
+        if given:
+            monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(given))
+        runner = make_runner(f"run-{given is None}", ("slm", "seq"), epochs=1)
+        runner.args.report_to, runner.args.logging_steps = ["tensorboard"], 1
+        runner.fit()
+        board = given or runner.output_dir / "tensorboard"
+        assert {str(path.relative_to(board)) for path in board.glob("*/*")} == set(places)
+        for place in places:
+            written = events.EventAccumulator(str(board / place))
+            written.Reload()
+            steps = [event.step for event in written.Scalars("train/loss")]
+            assert steps and steps == list(range(1, len(steps) + 1))
+        assert os.environ.get("TENSORBOARD_LOGGING_DIR") == (given and str(given))
