@@ -52,7 +52,8 @@ def _learn(args) -> int:
             folder /= f"order{order}-seed{seed}" if order else f"seed{seed}"
         reports.append(_learn_once(args, order, seed, folder, encoder))
         print_run(reports[-1])
-        print(f"\nmodel:  {folder / 'slm'}")
+        if "slm" in reports[-1]["methods"]:
+            print(f"\nmodel:  {folder / 'slm'}")
     for group in repeated_runs(reports):
         print(f"\nmean ± standard deviation over {len(group)} runs")
         print(format_comparison(mean_over_runs([run | {"methods": measured(run)} for run in group])))
@@ -97,6 +98,8 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder) -> di
     name = Path(str(args.base)).name
     if args.benchmark:
         name = f"{args.benchmark}, order {order}, seed {seed}, {name}"
+    elif args.seeds:
+        name = f"{name}, seed {seed}"
     report = runner.fit().report(name)
     if args.benchmark:
         report["settings"] = report["settings"] | {
@@ -504,7 +507,8 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--seeds", help="several, separated by commas: a run with each, and their mean")
     learn.add_argument(
         "--report-to",
-        help="the Trainer's report_to, separated by commas: tensorboard (OUTPUT/tensorboard/METHOD/N-TASK), ...",
+        help="the Trainer's report_to, separated by commas: tensorboard (in OUTPUT/tensorboard/METHOD/N-TASK), "
+        "...",
     )
     learn.set_defaults(run=_learn)
 

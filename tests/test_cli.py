@@ -132,6 +132,15 @@ def test_options_of_training_and_methods_arrive(learnt, tmp_path, monkeypatch):
     assert runner.report()["settings"]["bf16"] is True
 
 
+def test_runs_are_told_apart_and_only_a_model_that_was_written_is_named(learnt, tmp_path, capsys):
+    arguments = ["learn", "--data", str(learnt.parent), "--output", str(tmp_path), "--max-steps", "1"]
+    assert main([*arguments, "--methods", "joint", "--seeds", "0,1", "--max-length", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "model:" not in printed and "report:" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["minilm, seed 0", "minilm, seed 1"]
+
+
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):
     """A data folder of two tasks of bert5 and a probe."""
