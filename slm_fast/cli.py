@@ -507,8 +507,8 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--seeds", help="several, separated by commas: a run with each, and their mean")
     learn.add_argument(
         "--report-to",
-        help="the Trainer's report_to, separated by commas: tensorboard (in OUTPUT/tensorboard/METHOD/N-TASK), "
-        "...",
+        help="the Trainer's report_to, separated by commas: tensorboard (in "
+        "OUTPUT/tensorboard/METHOD/N-TASK), ...",
     )
     learn.set_defaults(run=_learn)
 

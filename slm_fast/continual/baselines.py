@@ -35,7 +35,8 @@ from slm_fast.trainer import Collator, EncodedDataset, SLMTrainer, encode_datase
 def one_lora(config: SLMConfig) -> SLMConfig:
     """One entry in place of the M that a task gets: rank M * r, and a scaling of 1 / M as in their mean.
 
-    `route_in_prefill` goes with it, which says what linears have a mixture and what heads read."""
+    `route_in_prefill` goes with it: it says which linears have a mixture and what heads read.
+    """
     entries = config.entries_per_task
     lora = dict(r=config.r * entries, scaling=config.scaling / entries, entries_per_task=1, top_k=1)
     lora |= dict(route_in_prefill=config.route_in_prefill)
