@@ -5,21 +5,17 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
 from slm_fast.config import HEAD_INITS, INITS, KEY_METHODS, METRICS, SLMConfig
 from slm_fast.continual.metrics import EVALUATED
 from slm_fast.continual.tasks import TEXT_METRICS
-from slm_fast.prompts import Prompt
+from slm_fast.prompts import Prompt, encode_prompts, encode_texts
 
-TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 # Of `learn` where neither an option nor a benchmark says otherwise.
 DEFAULTS = dict(
     base="minilm",
@@ -44,11 +40,7 @@ def _learn(args) -> int:
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else [args.seed]
     runs = [(order, seed) for order in _orders(args) for seed in seeds]
     began, reports = time.perf_counter(), []
-    config, encoder, memory = (
-        _config(args),
-        None,
-        {},
-    )  # all runs have one encoder, or one memory for each base
+    config, encoder, memory = _config(args), None, {}  # one of the last two for all runs
     if config.encoder_name_or_path != "backbone":
         encoder = make_encoder(config)
         if args.queries:
@@ -60,7 +52,8 @@ def _learn(args) -> int:
             folder /= f"order{order}-seed{seed}" if order else f"seed{seed}"
         reports.append(_learn_once(args, order, seed, folder, encoder, memory))
         print_run(reports[-1])
-        print(f"\nmodel:  {folder / 'slm'}")
+        if "slm" in reports[-1]["methods"]:
+            print(f"\nmodel:  {folder / 'slm'}")
     for group in repeated_runs(reports):
         print(f"\nmean ± standard deviation over {len(group)} runs")
         print(format_comparison(mean_over_runs([run | {"methods": measured(run)} for run in group])))
@@ -109,8 +102,9 @@ def _learn_once(args, order: str | None, seed: int, folder: Path, encoder, memor
     name = Path(str(args.base)).name
     if args.benchmark:
         name = f"{args.benchmark}, order {order}, seed {seed}, {name}"
-    with _tensorboard_folder(folder):
-        report = runner.fit().report(name)
+    elif args.seeds:
+        name = f"{name}, seed {seed}"
+    report = runner.fit().report(name)
     if args.benchmark:
         report["settings"] = report["settings"] | {
             "benchmark": args.benchmark,
@@ -241,22 +235,6 @@ def _reporters(names: str | None) -> list[str]:
     return wanted
 
 
-@contextmanager
-def _tensorboard_folder(folder: Path) -> Iterator[None]:
-    """Inside, TensorBoard's files go to the run's folder, unless the environment says where.
-
-    The Trainer's own choice is beside its checkpoints, which are deleted when a task has been learnt.
-    """
-    if TENSORBOARD in os.environ:
-        yield
-        return
-    os.environ[TENSORBOARD] = str(folder / "tensorboard")
-    try:
-        yield
-    finally:
-        del os.environ[TENSORBOARD]
-
-
 def _number_or_word(text: str) -> float | str:
     """A number, or a word that `SLMConfig` may know."""
     try:
@@ -330,9 +308,30 @@ def _route(args) -> int:
     return 0
 
 
+def _trained_length(pool, task: str | None) -> int:
+    """The tokens that training kept of an example, of the task or at most of any; 256 where none says so."""
+    lengths = [info.max_length for info in pool.tasks.values() if task in (None, info.name)]
+    return max((length for length in lengths if length), default=256)
+
+
+def _length(model, prediction) -> int:
+    """The tokens that its text would have if it were not cut."""
+    text, tokenizer, whole = [prediction.text], model.require_tokenizer(), 10**9
+    if prediction.task and model.pool.task(prediction.task).labels is not None:
+        in_prefill = model.slm_config.route_in_prefill
+        encoded = encode_texts(model.base_model, tokenizer, text, whole, in_prefill)
+    else:
+        encoded = encode_prompts(tokenizer, text, whole, model.is_seq2seq)
+    return encoded["input_ids"].shape[1]
+
+
 def _generate(args) -> int:
     model = _open_model(args)
-    predictions = model.predict(_texts(args), task=args.task, max_new_tokens=args.max_new_tokens)
+    max_length = args.max_length or _trained_length(model.pool, args.task)
+    limits = dict(max_length=max_length, max_new_tokens=args.max_new_tokens)
+    predictions = model.predict(_texts(args), task=args.task, **limits)
+    if cut := sum(_length(model, prediction) > max_length for prediction in predictions):
+        print(f"{cut} of {len(predictions)} texts cut to {max_length} tokens: --max-length", file=sys.stderr)
     answers = [
         {"text": p.text, "answer": p.answer, "task": p.task, "routing": p.entries} for p in predictions
     ]
@@ -512,7 +511,8 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--seeds", help="several, separated by commas: a run with each, and their mean")
     learn.add_argument(
         "--report-to",
-        help="the Trainer's report_to, separated by commas: tensorboard (in OUTPUT/tensorboard), ...",
+        help="the Trainer's report_to, separated by commas: tensorboard (in "
+        "OUTPUT/tensorboard/METHOD/N-TASK), ...",
     )
     learn.set_defaults(run=_learn)
 
@@ -533,6 +533,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "generate":
             command.add_argument("--task", help="tell the task instead of routing freely")
             command.add_argument("--max-new-tokens", type=int, default=32)
+            command.add_argument(
+                "--max-length", type=int, help="tokens kept of a text (default: as in training, else 256)"
+            )
 
     bench = commands.add_parser("bench", help="what a mixture costs, against every peer", add_help=False)
     bench.set_defaults(run=_bench)

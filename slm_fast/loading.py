@@ -38,6 +38,14 @@ def resolve_name(name: str) -> str:
     return str(packaged_model(name)) if name in PACKAGED else name
 
 
+def local_name(name: str) -> str:
+    """As `resolve_name`; the short name where its package is not installed."""
+    try:
+        return resolve_name(name)
+    except OSError:
+        return name
+
+
 def load_base(name: str, dtype: torch.dtype = torch.float32):
     """Load a frozen base and its tokenizer: with a language-model head where the architecture generates text.
 

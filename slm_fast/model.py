@@ -27,7 +27,7 @@ from slm_fast.resident import ResidentPool
 from slm_fast.router import SOURCES, Router, input_of, rows_of
 from slm_fast.routing import Routing
 from slm_fast.starts import mean_weights, start_from_mixture
-from slm_fast.storage import load_pool, save_pool
+from slm_fast.storage import check_keys, load_pool, read_index, save_pool
 
 
 class SLMModel(nn.Module):
@@ -150,9 +150,10 @@ class SLMModel(nn.Module):
         apart, even on other machines, come together without loss. Only what temperature="auto" is fitted to
         does: of that comes along what was measured against tasks that come along or are here. Raises OSError
         on missing or damaged files, ValueError on another base, unknown or taken names and pools with another
-        metric; nothing is changed then.
+        metric or encoder; nothing is changed then.
         """
         other = load_pool(self.base_model, directory)
+        check_keys(self.encoder, read_index(directory))
         return self.pool.take_tasks(other, other.task_names() if names is None else names)
 
     def remove_task(self, name: str) -> None:
@@ -526,7 +527,7 @@ class SLMModel(nn.Module):
 
         The encoder is saved by name; one without a name (a callable) must be passed again on loading.
         """
-        save_pool(self.pool, self.base_model, directory, self.encoder.settings())
+        save_pool(self.pool, self.base_model, directory, self.encoder)
 
     @classmethod
     def from_pretrained(

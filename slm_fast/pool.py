@@ -25,11 +25,13 @@ SLOT_BUFFERS = ("start", "rank", "scaling", "active", "slot_version", "factors_v
 
 @dataclass
 class TaskInfo:
-    """What the pool knows about a task: its entries' slots in order, and its label names if it has a head."""
+    """What the pool knows about a task: its entries' slots in order, its label names if it has a head, and
+    the tokens that its training kept of an example, if it was trained."""
 
     name: str
     slots: list[int] = field(default_factory=list)
     labels: list[str] | None = None
+    max_length: int | None = None
 
 
 class KnowledgePool(nn.Module):
@@ -276,6 +278,7 @@ class KnowledgePool(nn.Module):
         for mine, source in zip(self.factors, other.factors, strict=True):
             mine.A[to], mine.B[to] = source.A[rows].to(mine.A), source.B[rows].to(mine.B)
         self.scaling[info.slots] = other.scaling[theirs.slots].to(self.scaling)
+        info.max_length = theirs.max_length
         if head is not None:
             self.head(name).load_state_dict(head.state_dict())
         if self.metric.has_statistics and module_key(name) in other.metric.tasks:

@@ -14,7 +14,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from slm_fast.config import CONFIG_NAME, SLMConfig
+from slm_fast.encoder import Encoder
 from slm_fast.layers import is_plain
+from slm_fast.loading import local_name
 from slm_fast.pool import KnowledgePool
 from slm_fast.task_statistics import module_key
 
@@ -57,13 +59,55 @@ def check_base(base: nn.Module, saved: dict, modules: dict[str, tuple[int, int]]
             raise ValueError(f"{described}: this one has no module {name!r}") from None
         if (got := (getattr(module, "in_features", None), getattr(module, "out_features", None))) != shape:
             raise ValueError(f"{described}: {name} is {got} here and {shape} there")
-    here = base_fingerprint(base, list(modules))
+    if (what := _differing(base_fingerprint(base, list(modules)), saved)) is not None:
+        raise ValueError(f"{described}: {what}")
+
+
+def encoder_fingerprint(encoder: Encoder | None) -> dict | None:
+    """What identifies the weights that make queries; None for the base's own and for a callable's."""
+    if encoder is None or encoder.model is None or encoder.name_or_path in (None, "backbone"):
+        return None
+    linears = [name for name, module in encoder.model.named_modules() if isinstance(module, nn.Linear)]
+    return base_fingerprint(encoder.model, linears)
+
+
+def check_keys(encoder: Encoder, index: dict) -> None:
+    """Raise ValueError when the keys of a saved pool, by its index, are queries of another encoder than this.
+
+    Its weights say so, wherever they lie; of pools saved without them the last part of the name. Encoders
+    without a name are not compared.
+    """
+    config, here = index["config"], encoder.name_or_path
+    saved = config["encoder_name_or_path"]
+    if encoder.model is None or here is None or saved is None:
+        return
+    theirs, ours = f"the pool's keys are queries of the encoder {saved!r}", f"this model has {here!r}"
+    mine = encoder_fingerprint(encoder)
+    if mine is None or saved == "backbone":
+        same = here == saved
+    elif "encoder" in index:
+        same = _differing(mine, index["encoder"]) is None
+    else:
+        same = Path(local_name(here)).name == Path(local_name(saved)).name
+    if not same:
+        raise ValueError(f"{theirs}, {ours}")
+    if (layers := encoder.layers_of(config["query_layers"])) != encoder.layers:
+        raise ValueError(f"{theirs} from its layers {layers}, {ours} from its layers {encoder.layers}")
+    prompts, generates = config.get("route_in_prefill", False), getattr(encoder.model, "can_generate", bool)()
+    if here == "backbone" and generates and prompts != encoder.in_prefill:
+        forms = ["texts as they are", "prompts"]
+        raise ValueError(f"{theirs} for {forms[prompts]}, {ours} for {forms[not prompts]} (route_in_prefill)")
+
+
+def _differing(here: dict, saved: dict) -> str | None:
+    """In what two fingerprints differ, if they do."""
     if here["model_type"] != saved["model_type"]:
-        raise ValueError(f"{described}: this one is a {here['model_type']}")
+        return f"this one is a {here['model_type']}"
     for name, values in saved["probe"].items():
         mine = torch.tensor(here["probe"].get(name, values))
         if not torch.allclose(mine, torch.tensor(values), rtol=4e-3, atol=1e-6):
-            raise ValueError(f"{described}: the weights of {name} differ")
+            return f"the weights of {name} differ"
+    return None
 
 
 def _adapter_files(pool: KnowledgePool, slot: int, base_name: str) -> dict[str, bytes]:
@@ -99,7 +143,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def save_pool(
-    pool: KnowledgePool, base: nn.Module, directory: str | Path, encoder: dict | None = None
+    pool: KnowledgePool, base: nn.Module, directory: str | Path, encoder: Encoder | None = None
 ) -> None:
     """Write the pool to `directory`; a save that was cut off is recognised on loading."""
     root = Path(directory)
@@ -124,11 +168,13 @@ def save_pool(
     files[HEADS_NAME] = save({k: v.cpu().contiguous() for k, v in pool.heads.state_dict().items()})
     index = {
         "format": FORMAT,
-        "config": pool.config.to_dict() | (encoder or {}),
+        "config": pool.config.to_dict() | (encoder.settings() if encoder else {}),
         "base": fingerprint,
         "modules": {name: list(shape) for name, shape in pool.modules_shape.items()},
         "dtype": str(pool.factors[0].A.dtype).removeprefix("torch."),
-        "tasks": [{"name": t.name, "labels": t.labels} for t in pool.tasks.values()],
+        "tasks": [
+            {"name": t.name, "labels": t.labels, "max_length": t.max_length} for t in pool.tasks.values()
+        ],
         "entries": [
             {
                 "name": pool.names[s],
@@ -140,6 +186,8 @@ def save_pool(
         ],
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    if (of_encoder := encoder_fingerprint(encoder)) is not None:
+        index["encoder"] = of_encoder
     files[CONFIG_NAME] = (json.dumps(index, indent=1) + "\n").encode()
     try:
         for name, data in files.items():  # the index last: while it is missing, nothing has been renamed
@@ -249,6 +297,7 @@ def load_pool(base: nn.Module, directory: str | Path) -> KnowledgePool:
             hidden_size=None if weight is None else weight.shape[1],
             generator=torch.Generator(),  # everything drawn here is overwritten
         )
+        pool.task(task["name"]).max_length = task.get("max_length")
         for slot, entry in zip(pool.task(task["name"]).slots, entries, strict=True):
             pool.scaling[slot] = entry["scaling"]
             name = f"adapters/{entry['name']}/{ADAPTER_WEIGHTS}"

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from slm_fast.answers import evaluating
 from slm_fast.linear_probe import linear_probe
@@ -93,16 +94,44 @@ class SLMTrainer(Trainer):
         """Train; the task's entries are parameters only while this runs.
 
         `resume_from_checkpoint=True` takes the last checkpoint in `args.output_dir` that was written to its
-        end. Raises ValueError where there is none, OSError on a folder that is damaged or of another task.
+        end. Early stopping goes on waiting where it was; a training that was over takes no further step.
+        Raises ValueError where there is no checkpoint, OSError on one that is damaged or of another task.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise OSError(f"{resume_from_checkpoint} is not a checkpoint that was written to its end")
+        self.model.pool.task(self.task).max_length = self._encoding[3]
         with self.learning():
             if not resume_from_checkpoint:
                 self._start_heads()
+            elif self._was_over(state := TrainerState.load_from_json(_state_of(resume_from_checkpoint))):
+                return self._take_finished(resume_from_checkpoint, state)
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _was_over(self, state: TrainerState) -> bool:
+        """Whether training had ended at a checkpoint with this state. Early stopping gets its counts back:
+        transformers starts them at 0, and takes one more step from any checkpoint."""
+        stopped = False
+        for callback in self.callback_handler.callbacks:
+            saved = state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, EarlyStoppingCallback) and isinstance(saved, dict):
+                for name, value in saved["attributes"].items():
+                    setattr(callback, name, value)
+                stopped |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        return stopped or 0 < self.args.max_steps <= state.global_step
+
+    def _take_finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """What training gives from a checkpoint at which it had ended."""
+        zero = ("is_local_process_zero", "is_world_process_zero")
+        self.state = replace(state, **{name: getattr(self.state, name) for name in zero})
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
+            self.state.best_model_checkpoint = str(best)
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(checkpoint)
+        return TrainOutput(state.global_step, 0.0, {})
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -165,7 +194,8 @@ class SLMTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         lengths = [len(row["input_ids"]) for row in self.train_dataset]
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._batches.sampler = LengthGroupedSampler(lengths, size, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._batches.sampler = LengthGroupedSampler(lengths, size, seed)
         return self._batches.sampler
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
@@ -266,10 +296,14 @@ def default_arguments(output_dir: str, **overrides) -> TrainingArguments:
     return TrainingArguments(**(settings | overrides))
 
 
+def _state_of(checkpoint: str | Path) -> Path:
+    return Path(checkpoint, TRAINER_STATE_NAME)
+
+
 def is_whole(checkpoint: str | Path) -> bool:
     """Whether a checkpoint was written to its end: a killed process leaves no state, or half of it."""
     try:
-        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf8"))
+        json.loads(_state_of(checkpoint).read_text(encoding="utf8"))
     except (OSError, ValueError):
         return False
     return True

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from slm_fast.backbone_encoder import BackboneEncoder
 from slm_fast.cli import main
 from slm_fast.continual.runner import ContinualRunner
+from slm_fast.model import SLMModel
 
 ROWS = {
     "colour": ("the {noun} is {label}", ["red", "blue"]),
@@ -58,6 +60,29 @@ def test_route_and_generate(learnt, capsys):
     assert answers[0]["answer"] in ("red", "blue") and answers[1]["answer"] in ("glad", "sad")
     assert main(["generate", "--model", model, "--task", "mood", texts[0]]) == 0
     assert "[mood]" in capsys.readouterr().out
+
+
+def test_generate_cuts_texts_where_training_did(learnt, tmp_path, capsys, monkeypatch):
+    seen, predict = [], SLMModel.predict
+
+    def predicting(model, texts, **options):
+        seen.append(options["max_length"])
+        return predict(model, texts, **options)
+
+    monkeypatch.setattr(SLMModel, "predict", predicting)
+    texts = ["the bus is red", "the bus is red " * 20]
+    for options, length, cut in (([], 24, 1), (["--max-length", "5"], 5, 2), (["--max-length", "99"], 99, 0)):
+        assert main(["generate", "--model", str(learnt / "slm"), *options, *texts]) == 0
+        error = capsys.readouterr().err
+        assert seen.pop() == length
+        assert (f"{cut} of 2 texts cut to {length} tokens: --max-length" in error) == bool(cut)
+    shutil.copytree(learnt / "slm", tmp_path / "old")
+    index = json.loads((tmp_path / "old" / "slm_config.json").read_text())
+    for task in index["tasks"]:
+        assert task.pop("max_length") == 24
+    (tmp_path / "old" / "slm_config.json").write_text(json.dumps(index))
+    assert main(["generate", "--model", str(tmp_path / "old"), *texts]) == 0
+    assert seen.pop() == 256 and "cut to" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,6 +158,15 @@ def test_runs_with_the_bases_own_layers_encode_a_text_once(learnt, tmp_path, mon
         assert len(passes) == len(set(passes)) == encoded
 
 
+def test_runs_are_told_apart_and_only_a_model_that_was_written_is_named(learnt, tmp_path, capsys):
+    arguments = ["learn", "--data", str(learnt.parent), "--output", str(tmp_path), "--max-steps", "1"]
+    assert main([*arguments, "--methods", "joint", "--seeds", "0,1", "--max-length", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "model:" not in printed and "report:" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["minilm, seed 0", "minilm, seed 1"]
+
+
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):
     """A data folder of two tasks of bert5 and a probe."""
@@ -179,9 +213,11 @@ def test_a_benchmark_in_two_orders_with_a_probe(minilm, data_folder, tmp_path, c
     assert first["methods"]["slm"]["forward_transfer_single"] is not None
     for folder in ("order4-seed0", "order5-seed0"):
         assert (tmp_path / folder / "slm" / "slm_config.json").is_file()
-    written = events.EventAccumulator(str(tmp_path / "order4-seed0" / "tensorboard"))
+    board = tmp_path / "order4-seed0" / "tensorboard"
+    assert [str(path.relative_to(board)) for path in sorted(board.glob("*/*"))] == ["slm/1-ag", "slm/2-yelp"]
+    written = events.EventAccumulator(str(board / "slm" / "1-ag"))
     written.Reload()
-    assert "train/train_loss" in written.Tags()["scalars"]
+    assert len(written.Scalars("train/train_loss")) == 1
     assert not (tmp_path / "order5-seed0" / "tensorboard").exists()  # its training was taken over
     assert len(list((tmp_path / "trained").glob("slm-*/slm_config.json"))) == 2
     assert first["methods"]["slm"]["steps"] == second["methods"]["slm"]["steps"] > 0

@@ -1,6 +1,7 @@
 import gc
 import html
 import json
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -8,12 +9,16 @@ import torch
 from conftest import tiny_base
 from tiny_runner import Killed, dying, kept, make_tasks, make_tokenizer, new_runner
 from torch.utils.data import SequentialSampler
+from transformers.quantizers import HfQuantizer
 
 from slm_fast.backbone_encoder import BackboneEncoder
-from slm_fast.continual.baselines import TaskBatchSampler, entry_parameters
+from slm_fast.config import CONFIG_NAME
+from slm_fast.continual.baselines import TaskBatchSampler, entry_parameters, full_precision
 from slm_fast.continual.method import Method
 from slm_fast.continual.methods import METHODS, batch_routing
 from slm_fast.continual.runner import ContinualRunner, write_reports
+from slm_fast.layers import layer_index
+from slm_fast.storage import read_index
 from slm_fast.trainer import SLMTrainer
 
 OWN_STAGES = [name for name, method in METHODS.items() if method.own_stages]
@@ -304,6 +309,38 @@ def test_finetune_trains_a_copy_of_the_base(finished):
     assert moved == {name for name in tuned if "pooler" not in name}
 
 
+class Unpacked(HfQuantizer):
+    """As GGUF's: its weights are plain numbers, but it refuses to save them."""
+
+    is_trainable = False
+
+    def is_serializable(self, *_):
+        return False
+
+
+def test_finetune_of_a_base_that_was_unpacked(finished, make_runner, monkeypatch):
+    """In two processes: what the first one saved is loaded by the second."""
+
+    def unpacked(*args):
+        runner = make_runner(*args)
+        base = runner.model.base_model
+        base.hf_quantizer = Unpacked(SimpleNamespace(quant_method="gguf", pre_quantized=True))
+        base.config.quantization_config, base.is_quantized = {"quant_method": "gguf"}, True
+        return runner
+
+    monkeypatch.setattr(METHODS["finetune"], "save", dying(METHODS["finetune"].save, 2))
+    with pytest.raises(Killed):
+        unpacked("run", ("finetune",)).fit()
+    monkeypatch.undo()
+    runner = unpacked("run", ("finetune",)).fit()
+    assert kept(runner, "finetune") == kept(finished, "finetune")
+    assert runner.model.base_model.hf_quantizer is not None and runner.model.config.quantization_config
+    packed = runner.model.base_model.embeddings.word_embeddings.weight
+    packed.requires_grad_(False).data = packed.data.to(torch.int8)
+    with pytest.raises(ValueError, match="embeddings.word_embeddings.weight of the base is quantised"):
+        full_precision(runner.model.base_model)
+
+
 def test_batch_shares_a_mixture_and_reads_the_entries_of_slm(finished):
     method, pool, task = finished.methods["batch"], finished.model.pool, finished.tasks[1]
     with method.open():
@@ -354,6 +391,35 @@ def test_the_papers_queries_are_made_by_the_engines_passes(make_runner, monkeypa
     monkeypatch.setattr(runner, "cost", dict)  # which measures passes
     runner.fit()
     assert sorted(passes) == sorted({row.text for task in tasks for row in task.train + task.test})
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_all_methods_adapt_the_linears_behind_the_query(make_runner, family):
+    config = dict(query_layers=[1], route_in_prefill=True)
+    names, tasks = tuple(name for name in METHODS if name not in ("batch", "replay")), make_tasks("colour")
+    options = dict(family=family, encoder="backbone", epochs=1, config=config)
+    runner = make_runner("run", names, tasks, **options).fit()
+    linears = list(runner.model.pool.modules_shape)
+    assert {layer_index(name) for name in linears if not name.startswith("decoder")} == {1}
+    methods = runner.report()["methods"]
+    for name in names:
+        if name != "oracle":
+            saved = read_index(runner.output_dir / name)
+            assert ("route_in_prefill" in saved["config"]) == (name != "paper")  # what heads read
+        if name not in ("oracle", "finetune"):
+            assert list(saved["modules"]) == linears, name
+            assert methods[name]["trained_parameters"] == runner.trainable
+
+
+def test_trained_parameters_are_the_methods_own(make_runner):
+    runner = make_runner("run", ("slm", "seq"), make_tasks("colour"), epochs=1).fit()
+    path = runner.output_dir / "seq" / CONFIG_NAME
+    index = json.loads(path.read_text())
+    (name, shape), *_ = index["modules"].items()
+    path.write_text(json.dumps(index | {"modules": {name: shape}}))
+    methods = runner.report()["methods"]
+    assert methods["seq"]["trained_parameters"] == 2 * 2 * sum(shape) < runner.trainable
+    assert methods["slm"]["trained_parameters"] == runner.trainable
 
 
 # ---- arguments and the state on disk

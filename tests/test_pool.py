@@ -222,7 +222,9 @@ def trained_pool(*tasks: int) -> KnowledgePool:
 
 def test_tasks_of_other_pools_are_as_if_learnt_here():
     together, first, second = trained_pool(0, 1, 2), trained_pool(0, 2), trained_pool(3, 1)
+    second.task("t1").max_length = 40
     first.take_task(second, "t1")
+    assert first.task("t1").max_length == 40
     assert first.task_names() == ["t0", "t2", "t1"] and first.task("t1").labels == ["x", "y"]
     for t in range(3):
         ours, theirs = learnt(first, f"t{t}"), learnt(together, f"t{t}")

@@ -126,6 +126,10 @@ def test_files_and_their_contents(tmp_path):
     assert "<td>28.7</td><td>61.4</td>" in page and "<td>20.50 ms</td>" in page and "<td>2.60 MB</td>" in page
     text = (tmp_path / "new" / "folder" / "report.md").read_text("utf8")
     assert "| task number 1 <&> | 89.0 | 90.0 | - |" in text and "| task number 1 <&> | 0.0 | 100.0 |" in text
+    tex = (tmp_path / "new" / "folder" / "report.tex").read_text("utf8")
+    captions = [line for line in tex.splitlines() if line.startswith("\\caption")]
+    assert sum("percent" in line for line in captions) == len(captions) - 2  # costs are in ms and MB
+    assert sum(line.endswith(". Cost.}") for line in captions) == 2
     assert "<td>98.3</td>" in page and "1,234.5" in page and "12,345 parameters" in page
 
 
@@ -240,6 +244,7 @@ def test_tables_for_papers_and_for_reading(tmp_path):
     assert "- average accuracy: mean of R[T-1][i]" in text and "Mean over" not in text
 
     tex = (tmp_path / "report.tex").read_text("utf8")
+    assert "\\caption{order 4. Scores in percent.}" in tex
     assert tex.count("\\begin{tabular}{l") == 2 and "\\begin{tabular}{lrrr}\n\\toprule" in tex
     assert "SLM \\& co & 50.0 & - & 2.0 \\\\\none\\_LoRA | seq & 25.0 & 10.0 & - \\\\\n\\bottomrule" in tex
     for line in tex.splitlines():

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -181,6 +182,21 @@ def test_early_stopping_ends_at_the_best_epoch_of_held_out_rows(make_runner, mon
         make_runner("other", early_stopping=1, holdout=1)
 
 
+def test_early_stopping_in_a_run_that_is_continued(make_runner, monkeypatch):
+    options = dict(tasks=make_tasks("colour"), epochs=30, early_stopping=2, holdout=0.25)
+    whole = make_runner("whole", **options).fit()
+    for name, (owner, at) in {
+        "waiting": ("training_step", whole.state["steps"]["slm"]),  # after an epoch that was no better
+        "over": ("_load_best_model", 1),
+    }.items():
+        monkeypatch.setattr(SLMTrainer, owner, dying(getattr(SLMTrainer, owner), at))
+        with pytest.raises(Killed):
+            make_runner(name, **options).fit()
+        monkeypatch.undo()
+        resumed = make_runner(name, **options).fit()
+        assert resumed.state["steps"] == whole.state["steps"] and kept(resumed, "slm") == kept(whole, "slm")
+
+
 def test_costs_of_an_answer_and_of_a_task(make_runner):
     report = make_runner("run", ("slm", "oracle", "seq", "finetune")).fit().report()
     pool = make_runner("run", ("slm", "oracle", "seq", "finetune")).fit().model.pool
@@ -200,3 +216,22 @@ def test_a_run_is_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process, not one of 2"):
         ContinualRunner(None, make_tasks())
+
+
+def test_each_training_has_a_tensorboard_folder_of_its_own(make_runner, tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    places = ("slm/1-colour", "slm/2-size", "seq/1-colour", "seq/2-size")
+    for given in (None, tmp_path / "board"):
+        if given:
+            monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(given))
+        runner = make_runner(f"run-{given is None}", ("slm", "seq"), epochs=1)
+        runner.args.report_to, runner.args.logging_steps = ["tensorboard"], 1
+        runner.fit()
+        board = given or runner.output_dir / "tensorboard"
+        assert {str(path.relative_to(board)) for path in board.glob("*/*")} == set(places)
+        for place in places:
+            written = events.EventAccumulator(str(board / place))
+            written.Reload()
+            steps = [event.step for event in written.Scalars("train/loss")]
+            assert steps and steps == list(range(1, len(steps) + 1))
+        assert os.environ.get("TENSORBOARD_LOGGING_DIR") == (given and str(given))

@@ -1,13 +1,15 @@
+import contextlib
 import hashlib
 import json
+import re
 
 import pytest
 import torch
-from conftest import clustered_embeddings, tiny_base, tiny_model
+from conftest import clustered_embeddings, tiny_base, tiny_model, word_tokenizer
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
-from slm_fast import SLMModel
+from slm_fast import SLMConfig, SLMModel, get_slm_model
 from slm_fast.storage import save_pool
 
 
@@ -229,3 +231,73 @@ def test_files_hold_no_base_weights(tmp_path):
     tensors = [load_file(p) for p in tmp_path.rglob("*.safetensors")]
     names = {name for file in tensors for name in file}
     assert all("lora_" in n or n.startswith(("keys", "metric.", "task:")) for n in names)
+
+
+def named_encoder(folder, seed=0):
+    """A folder with a small BERT and a tokenizer."""
+    base = tiny_base("bert")
+    if seed:
+        torch.manual_seed(seed)
+        base.apply(base._init_weights)
+    base.save_pretrained(folder)
+    words = ["[PAD]", "[EOS]", "[UNK]", *"abcdefgh"]
+    word_tokenizer(words, model_input_names=["input_ids", "attention_mask"]).save_pretrained(folder)
+    return str(folder)
+
+
+def model_with(encoder, *tasks, family="bert", **config):
+    config = SLMConfig(r=2, entries_per_task=1, target_modules="all-linear", **config)
+    words = word_tokenizer(["[PAD]", "[EOS]", "[UNK]", *"abcdefgh"])
+    model = get_slm_model(tiny_base(family), config, encoder=encoder, tokenizer=words)
+    for name in tasks:
+        model.add_task(name, [f"{a} {b}" for a in "abc" for b in "defgh"], progress=False)
+    return model
+
+
+def without_fingerprint(folder):
+    index = json.loads((folder / "slm_config.json").read_text())
+    assert index.pop("encoder")["model_type"] == "bert"
+    (folder / "slm_config.json").write_text(json.dumps(index))
+
+
+def test_tasks_whose_keys_are_of_another_encoder_are_not_taken(tmp_path):
+    here, copy = (named_encoder(tmp_path / name) for name in ("here", "a_copy"))
+    other, same_name = (named_encoder(tmp_path / name, 5) for name in ("other", "elsewhere/here"))
+    for number, (encoder, layers) in enumerate(((copy, "auto"), (here, [0, 1, 2]), (here, [0, -2, -1]))):
+        model_with(encoder, "new", query_layers=layers).save_pretrained(tmp_path / f"same{number}")
+        model = model_with(here, "old", query_layers="auto")
+        assert [info.name for info in model.take_tasks(tmp_path / f"same{number}")] == ["new"]
+    model = model_with(here, "old", query_layers=[0, 1])
+    for encoder, layers, message in (
+        (other, [0, 1], f"queries of the encoder '{other}', this model has '{here}'"),
+        (same_name, [0, 1], f"queries of the encoder '{same_name}', this model has '{here}'"),
+        (here, [1, 2], f"'{here}' from its layers [1, 2], this model has '{here}' from its layers [0, 1]"),
+        ("backbone", [0, 1], f"queries of the encoder 'backbone', this model has '{here}'"),
+    ):
+        model_with(encoder, "new", query_layers=layers).save_pretrained(tmp_path / "pool")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.take_tasks(tmp_path / "pool")
+    assert model.pool.task_names() == ["old"]
+    for encoder, message in ((other, f"the encoder '{other}', this model"), (same_name, None)):
+        model_with(encoder, "new", query_layers=[0, 1]).save_pretrained(tmp_path / "pool")
+        without_fingerprint(tmp_path / "pool")  # the name is all that there is
+        with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
+            model.take_tasks(tmp_path / "pool")
+    assert model.pool.task_names() == ["old", "new"]
+
+
+def test_encoders_without_a_name_are_not_compared(tmp_path):
+    model = tiny_model("bert", num_tasks=1)
+    model.add_task("new", embeddings=clustered_embeddings(3), progress=False)
+    model.save_pretrained(tmp_path)
+    model.remove_task("new")
+    assert [info.name for info in model.take_tasks(tmp_path, ["new"])] == ["new"]
+
+
+def test_keys_of_prompts_and_of_plain_texts_are_two_kinds(tmp_path):
+    settings = dict(family="llama", query_layers=[1], layers_to_transform=[1])
+    model_with("backbone", "new", **settings).save_pretrained(tmp_path)
+    model = model_with("backbone", **settings, route_in_prefill=True)
+    with pytest.raises(ValueError, match="for texts as they are, this model has 'backbone' for prompts"):
+        model.take_tasks(tmp_path)
+    assert model_with("backbone", **settings).take_tasks(tmp_path)

@@ -219,6 +219,16 @@ def test_batches_of_an_epoch_depend_on_the_seed_and_the_epoch_alone():
     assert abs(early - late) < 0.2 * late  # not from long to short
 
 
+def test_a_data_seed_of_0_is_one(model, tmp_path):
+    rows = TOPICS["colour"]
+    model.add_task("colour", [r.text for r in rows], labels=COLOURS, progress=False)
+    for data_seed, seed in ((None, 3), (0, 0), (5, 5)):
+        args = arguments(tmp_path, data_seed=data_seed)
+        args.train_sampling_strategy = "group_by_length"
+        trainer = SLMTrainer(model, args, rows, task="colour", max_length=32)
+        assert trainer._get_train_sampler().seed == seed
+
+
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
 def test_every_row_is_in_one_batch(count):
     assert sorted(LengthGroupedSampler([5] * count, 8, seed=0)) == list(range(count))

@@ -78,6 +78,10 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 class AtStep(TrainerCallback):
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -199,13 +203,18 @@ def test_killed_processes_resume_with_the_same_bits(tmp_path):
         assert last_checkpoint(tmp_path / kill).endswith(f"checkpoint-{STEPS}")
 
 
+def stopping_trainer(model, folder, **options):
+    """It stops after two steps without a lower loss on other rows."""
+    return make_trainer(
+        model, folder, ROWS[:12], ROWS[12:], [EarlyStoppingCallback(early_stopping_patience=2)],
+        max_steps=40, save_steps=1, eval_steps=1, eval_strategy="steps", learning_rate=0.2,
+        load_best_model_at_end=True, metric_for_best_model="loss", warmup_steps=0, **options,
+    )  # fmt: skip
+
+
 def test_early_stopping_restores_the_best(tmp_path):
     model = make_model()
-    trainer = make_trainer(
-        model, tmp_path, ROWS[:12], ROWS[12:], [EarlyStoppingCallback(early_stopping_patience=2)],
-        max_steps=40, save_steps=1, eval_steps=1, eval_strategy="steps", learning_rate=0.2,
-        load_best_model_at_end=True, metric_for_best_model="loss", warmup_steps=0,
-    )  # fmt: skip
+    trainer = stopping_trainer(model, tmp_path)
     seen = {}
 
     class Keep(TrainerCallback):
@@ -220,6 +229,40 @@ def test_early_stopping_restores_the_best(tmp_path):
     assert same_bits(learnt(model), seen[best][1])
     assert not same_bits(learnt(model), seen[best + 2][1])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(seen[best][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("waited", [1, 2])
+def test_early_stopping_goes_on_where_it_was_killed(waited, tmp_path):
+    """After one checkpoint without a lower loss, and after the second, with which training ends."""
+    model = make_model()
+    whole = stopping_trainer(model, tmp_path / "whole")
+    whole.train()
+    stopped, kept = whole.state.global_step, learnt(model)
+
+    killed = stopping_trainer(make_model(), tmp_path / "killed")
+    if waited == 1:
+        killed.add_callback(AtStep(stopped - 1, interrupt))
+    else:
+        killed._load_best_model = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    folder = last_checkpoint(tmp_path / "killed")
+    assert folder.endswith(f"checkpoint-{stopped - 2 + waited}")
+
+    model = make_model()
+    resumed = stopping_trainer(model, tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == stopped and resumed.state.best_metric == whole.state.best_metric
+    assert same_bits(learnt(model), kept)
+
+
+def test_a_finished_training_is_not_trained_on(tmp_path):
+    model = make_model()
+    make_trainer(model, tmp_path).train()
+    kept, model = learnt(model), make_model()
+    again = make_trainer(model, tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == STEPS and same_bits(learnt(model), kept)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

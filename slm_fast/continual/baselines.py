@@ -24,6 +24,7 @@ from slm_fast.answers import Prediction
 from slm_fast.config import CONFIG_NAME, SLMConfig
 from slm_fast.continual.method import Method, shared
 from slm_fast.continual.tasks import Example, Task
+from slm_fast.layers import is_plain
 from slm_fast.model import SLMModel
 from slm_fast.pool import KnowledgePool
 from slm_fast.routing import Routing
@@ -32,9 +33,13 @@ from slm_fast.trainer import Collator, EncodedDataset, SLMTrainer, encode_datase
 
 
 def one_lora(config: SLMConfig) -> SLMConfig:
-    """One entry in place of the M that a task gets: rank M * r, and a scaling of 1 / M as in their mean."""
+    """One entry in place of the M that a task gets: rank M * r, and a scaling of 1 / M as in their mean.
+
+    `route_in_prefill` goes with it: it says which linears have a mixture and what heads read.
+    """
     entries = config.entries_per_task
     lora = dict(r=config.r * entries, scaling=config.scaling / entries, entries_per_task=1, top_k=1)
+    lora |= dict(route_in_prefill=config.route_in_prefill)
     return SLMConfig(**shared(config) | lora | dict(metric="grouped_cosine", num_groups=1))
 
 
@@ -249,7 +254,7 @@ class Finetune(Sequential):
                 kept = dict(dtype=base.dtype, attn_implementation=base.config._attn_implementation)
                 base = type(base).from_pretrained(folder, **kept).to(base.device).eval()
             else:
-                base = copy.deepcopy(base)
+                base = full_precision(copy.deepcopy(base))
         unused = dict(r=1, target_modules=[next(iter(engine.pool.modules_shape))])
         self.model = self.wrap(base, replace(one_lora(engine.slm_config), **unused), engine.encoder)
         yield
@@ -271,6 +276,21 @@ class Finetune(Sequential):
         self.model.repatch(pool)
         super().save()
         shutil.rmtree(self._base_folder(len(pool.tasks) - 1), ignore_errors=True)
+
+
+def full_precision(base: nn.Module) -> nn.Module:
+    """A base without its quantizer where that refuses to save weights that it has unpacked (GGUF).
+
+    Raises ValueError where weights are still packed: those cannot be trained.
+    """
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None:
+        packed = [n for n, p in base.named_parameters() if not (is_plain(p) and p.is_floating_point())]
+        if packed:
+            raise ValueError(f"finetune trains all weights, but {packed[0]} of the base is quantised")
+        if not quantizer.is_serializable():
+            quantizer.remove_quantization_config(base)
+    return base
 
 
 def entry_parameters(pool: KnowledgePool) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import random
 import zlib
 from abc import ABC, abstractmethod
@@ -18,11 +19,13 @@ from slm_fast.config import CONFIG_NAME, KEY_TRAINING, SLMConfig
 from slm_fast.continual.tasks import Example, Task
 from slm_fast.model import SLMModel, get_slm_model
 from slm_fast.routing import Routing
+from slm_fast.storage import read_index
 from slm_fast.trainer import SLMTrainer, last_checkpoint
 
 # Fields of the engine's config that every method takes over; the rest is how the engine retrieves.
 SHARED = ("r", "target_modules", "scaling", "entries_per_task", "top_k", "num_groups", "pooling", "backend")
 SHARED += ("layers_to_transform", "head_init", "encoder_name_or_path", "encoder_max_length", *KEY_TRAINING)
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 
 
 class Method(ABC):
@@ -128,16 +131,22 @@ class Method(ABC):
             args.save_strategy, args.load_best_model_at_end = SaveStrategy.EPOCH, True
             args.metric_for_best_model, args.greater_is_better = "eval_loss", False
         transformers.set_seed(self.runner.seed)
-        trainer = make(args)
-        if self.runner.early_stopping is not None:
-            trainer.add_callback(EarlyStoppingCallback(self.runner.early_stopping))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        part = Path(self.name, f"{stage + 1}-{self.tasks[stage].name}")
+        with tensorboard_folder(self.runner.output_dir / "tensorboard", part):
+            trainer = make(args)
+            if self.runner.early_stopping is not None:
+                trainer.add_callback(EarlyStoppingCallback(self.runner.early_stopping))
+            trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
     @property
     def trained_parameters(self) -> int:
-        """Numbers that a task's training changes, its head apart."""
-        return self.runner.trainable
+        """Numbers that a task's training changes, its head apart, in what was saved."""
+        index = read_index(self.folder)
+        rank = index["config"]["r"] * index["config"]["entries_per_task"]
+        return rank * sum(
+            in_features + out_features for in_features, out_features in index["modules"].values()
+        )
 
     def split(self, task: Task) -> tuple[list[Example], list[Example] | None]:
         """The rows that a task is trained on, and those held out to stop early by; of all methods alike."""
@@ -174,6 +183,23 @@ class Method(ABC):
         for prediction, key in zip(found, keys, strict=True):
             prediction.answer = answered[key]
         return found
+
+
+@contextmanager
+def tensorboard_folder(folder: Path, part: Path) -> Iterator[None]:
+    """Inside, a Trainer's TensorBoard files go to a part of the folder, or of the one that the environment
+    names: a part for each training, whose steps all count from 0.
+
+    The Trainer's own choice is beside its checkpoints, which are deleted when a task has been learnt.
+    """
+    given = os.environ.get(TENSORBOARD)
+    os.environ[TENSORBOARD] = str(Path(given or folder, part))
+    try:
+        yield
+    finally:
+        del os.environ[TENSORBOARD]
+        if given is not None:
+            os.environ[TENSORBOARD] = given
 
 
 def shared(config: SLMConfig) -> dict:

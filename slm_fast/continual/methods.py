@@ -139,7 +139,10 @@ def papers_retrieval(model: SLMModel) -> tuple[SLMConfig, Encoder]:
     """The paper's settings for entries of the model's sizes, and the model's encoder with its last layer, as
     it is if it has no name. Asked for before "slm" learns, its queries are made by the passes of that."""
     encoder = model.encoder.on(model.base_model, in_prefill=False)
-    config = SLMConfig.paper(**shared(model.slm_config) | {"encoder_name_or_path": encoder.name_or_path})
+    settings = shared(model.slm_config) | {"encoder_name_or_path": encoder.name_or_path}
+    if model.slm_config.route_in_prefill:  # which left out some linears; a query of the last layer cannot
+        settings["target_modules"] = list(model.pool.modules_shape)
+    config = SLMConfig.paper(**settings)
     return config, encoder if encoder.name_or_path is None else encoder.with_layers(config.query_layers)
 
 

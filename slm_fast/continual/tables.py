@@ -288,32 +288,38 @@ def latex(text: str) -> str:
 # Files
 
 
-def sections(result: dict) -> list[tuple[str, Table]]:
-    """(title, table) of everything that `report.md` and `report.tex` show: means first, then every run."""
+PERCENT, SCORES = "In percent.", "Scores in percent."
+
+
+def sections(result: dict) -> list[tuple[str, Table, str]]:
+    """(title, table, its unit) of all that `report.md` and `report.tex` show: means first, then every run."""
     runs = result.get("runs") or []
     out = [
         (
             f"Mean over {len(group)} runs: {', '.join(run['name'] for run in group)}",
             comparison(mean_over_runs(group)),
+            SCORES,
         )
         for group in repeated_runs(runs)
     ]
     for run in runs:
         name, tasks = str(run["name"]), [str(task) for task in run["tasks"]]
-        out.append((name, comparison(run["methods"])))
+        out.append((name, comparison(run["methods"]), SCORES))
         for method in run["methods"].values():
             if method.get("matrix"):
                 title = f"{name}. {method.get('label')}: scores on each task after learning each"
-                out.append((title, matrix_table(tasks, method["matrix"])))
+                out.append((title, matrix_table(tasks, method["matrix"]), PERCENT))
         if (run.get("routing") or {}).get("confusion"):
             title = f"{name}. Routing: true task and the task with the largest weight"
-            out.append((title, percent_table("true task", tasks, tasks, run["routing"]["confusion"])))
+            out.append(
+                (title, percent_table("true task", tasks, tasks, run["routing"]["confusion"]), PERCENT)
+            )
         if run.get("text_scores"):
-            out.append((f"{name}. Long answers", text_score_table(run["text_scores"])))
+            out.append((f"{name}. Long answers", text_score_table(run["text_scores"]), PERCENT))
         if run.get("cost"):
-            out.append((f"{name}. Cost", cost_table(run["cost"])))
+            out.append((f"{name}. Cost", cost_table(run["cost"]), ""))
         if run.get("probes"):
-            out.append((f"{name}. {probe_title(run['probes'])}", probe_table(run["probes"])))
+            out.append((f"{name}. {probe_title(run['probes'])}", probe_table(run["probes"]), SCORES))
     return out
 
 
@@ -329,7 +335,7 @@ def definitions(runs: list[dict]) -> dict[str, str]:
 
 def markdown(result: dict) -> str:
     lines = [f"# {result.get('title') or 'Continual learning report'}"]
-    for title, table in sections(result):
+    for title, table, _ in sections(result):
         lines += ["", f"## {title}", "", markdown_table(table)]
     notes = definitions(result.get("runs") or [])
     lines += ["", "Scores and their differences in percent; seconds are wall clock."]
@@ -342,5 +348,5 @@ def latex_document(result: dict) -> str:
     notes = [
         f"% {name.replace('_', ' ')}: {note}" for name, note in definitions(result.get("runs") or []).items()
     ]
-    tables = [latex_table(table, f"{title}. In percent.") for title, table in sections(result)]
+    tables = [latex_table(table, f"{title}. {unit}".rstrip()) for title, table, unit in sections(result)]
     return "\n\n".join(["\n".join(["% \\usepackage{booktabs}", *notes]), *tables]) + "\n"

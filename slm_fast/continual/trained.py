@@ -56,7 +56,7 @@ class TrainedTasks:
         (place / COST_NAME).write_text(json.dumps(cost), encoding="utf8")
         model = method.model
         pool = model.pool.only([task.name for task in method.learnt_at(stage)])
-        save_pool(pool, model.base_model, place, model.encoder.settings())
+        save_pool(pool, model.base_model, place, model.encoder)
 
     def _place(self, method: Method, stage: int) -> Path | None:
         encoder = method.model.encoder.settings()
