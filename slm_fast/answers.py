@@ -39,12 +39,12 @@ def answer_all(
 ) -> None:
     """Fill in the answers, in batches of similar lengths; row n of the routing belongs to result n."""
     tokenizer = model.require_tokenizer()
-    order = _longest_first([result.text for result in results])
+    order = longest_first([result.text for result in results])
     headed = [r for r in order if (t := results[r].task) and model.pool.task(t).labels is not None]
     chosen = set(headed)
     free = [r for r in order if r not in chosen] if model.can_generate else []
-    groups = [("label", rows) for rows in _batches(headed, batch_size)]
-    groups += [("text", rows) for rows in _batches(free, batch_size)]
+    groups = [("label", rows) for rows in batches(headed, batch_size)]
+    groups += [("text", rows) for rows in batches(free, batch_size)]
     with evaluating(model):
         for kind, rows in tqdm(groups, desc="answering", disable=not progress or len(groups) < 2):
             part = [results[row] for row in rows]
@@ -77,7 +77,7 @@ def answer_in_prefill(
     generates = model.can_generate and all(pool.task(name).labels is None for name in tasks)
     results: list[Prediction | None] = [None] * len(texts)
     left: list[tuple[int, Routing]] = []
-    parts = _batches(_longest_first(texts), batch_size)
+    parts = batches(longest_first(texts), batch_size)
     with evaluating(model):
         for rows in tqdm(parts, desc="answering", disable=not progress or len(parts) < 2):
             part = [texts[row] for row in rows]
@@ -105,11 +105,12 @@ def answer_in_prefill(
     return results
 
 
-def _longest_first(texts: list[str]) -> list[int]:
+def longest_first(texts: list[str]) -> list[int]:
+    """The texts' numbers, by length."""
     return sorted(range(len(texts)), key=lambda row: -len(texts[row]))
 
 
-def _batches(rows: list[int], batch_size: int) -> list[list[int]]:
+def batches(rows: list[int], batch_size: int) -> list[list[int]]:
     return [rows[lo : lo + batch_size] for lo in range(0, len(rows), batch_size)]
 
 

@@ -6,7 +6,7 @@ The frozen model is the model with all weights 0, to the bit: one call after lea
 import torch
 from torch import Tensor
 
-from slm_fast.answers import evaluating, text_features
+from slm_fast.answers import batches, evaluating, longest_first, text_features
 from slm_fast.continual.tasks import Task, score
 from slm_fast.model import SLMModel
 from slm_fast.routing import Routing
@@ -106,11 +106,9 @@ def _features(
 ) -> Tensor:
     """What heads read of every text: [N, H] fp32 on the CPU. The batches do not depend on the routing."""
     tokenizer, routing = model.require_tokenizer(), routing.to(model.device)
-    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
     out: list[Tensor | None] = [None] * len(texts)
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in batches(longest_first(texts), batch_size):
             with model.state.use(routing.rows(rows)):
                 features = text_features(model, tokenizer, [texts[row] for row in rows], max_length)
             for row, feature in zip(rows, features.cpu(), strict=True):
