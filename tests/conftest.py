@@ -15,7 +15,7 @@ import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: E402
 
-from slm_fast import SLMConfig, get_slm_model  # noqa: E402
+from slm_fast import SLMConfig, get_slm_model, plan  # noqa: E402
 from slm_fast.loading import packaged_model  # noqa: E402
 
 # Where the kernels' tests run, and in which dtypes: the interpreter has no bf16 products.
@@ -34,6 +34,28 @@ if DEVICE == "cpu" and importlib.util.find_spec("triton"):
     from triton.runtime import interpreter
 
     interpreter.InterpreterBuilder.create_dot = exact_dot
+
+
+def distinct_rows(op: str) -> list[dict]:
+    """The plan tables' rows for an op, one of those whose tiles are the same where the tests run: the
+    interpreter knows no warps, stages or dependent launches."""
+    unseen = () if DEVICE == "cuda" else ("num_warps", "num_stages", "pdl")
+
+    def seen(value):
+        if not isinstance(value, dict):
+            return value
+        return {name: seen(part) for name, part in value.items() if name not in unseen}
+
+    found = {}
+    for path in sorted(plan.FOLDER.glob("sm_*.json")):
+        for row in plan.load(path.stem)["rows"]:
+            if row["op"] == op:
+                row = row | {
+                    "plan": row["plan"] | {"pdl": row["plan"].get("pdl", False) and DEVICE == "cuda"}
+                }
+                found.setdefault(str((row["phase"], row["dtype"], seen(row["plan"]))), row)
+    return list(found.values())
+
 
 DIM = 24  # query size of the small models' precomputed embeddings
 

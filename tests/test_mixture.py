@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import DEVICE, KERNEL_DTYPES
+from conftest import DEVICE, KERNEL_DTYPES, distinct_rows
 from test_ops import TINY, Case, assert_close
 from test_ops_key_search import name_of
 
-from slm_fast import dispatch, ops, plan, reference
+from slm_fast import dispatch, ops, reference
 
 pytestmark = pytest.mark.skipif(
     dispatch.available()["gpu"] is not None, reason=str(dispatch.available()["gpu"])
@@ -118,50 +118,45 @@ def test_every_row_of_the_tables_runs():
     """Each plan of each architecture, its tiles as they are, gives the reference's result."""
     from slm_fast.kernels import mixture
 
-    seen = set()
-    for path in sorted(plan.FOLDER.glob("sm_*.json")):
-        for row in plan.load(path.stem)["rows"]:
-            if row["op"] != "mixture" or str(row["plan"]) in seen:
-                continue
-            seen.add(str(row["plan"]))
-            dtype = torch.float32 if row["dtype"] == "float" else torch.float16
-            case = case_of((2, 0, 70), (12, 8, 8), in_features=200, x_dtype=dtype, factor_dtype=dtype)
-            settings = row["plan"] | {"pdl": row["plan"].get("pdl", False) and DEVICE == "cuda"}
-            max_rank, want = int(case.rank.max()), case.oracle()
-            y = case.y.clone()
-            if row["phase"] == "forward":
-                mixture.mixture_fwd(
-                    y, case.x, case.A, case.B, routing_of(case), max_rank=max_rank, plan=settings
-                )
-                assert_close(y, want[0], case.oracle(dtype)[0], dtype)
-            else:
-                u = mixture.mixture_fwd(
-                    y,
-                    case.x,
-                    case.A,
-                    case.B,
-                    routing_of(case),
-                    max_rank=max_rank,
-                    plan=small_plan(),
-                    save_u=True,
-                )
-                *grads, _ = mixture.mixture_bwd(
-                    case.dy,
-                    case.x,
-                    u,
-                    case.A,
-                    case.B,
-                    routing_of(case),
-                    max_rank=max_rank,
-                    plan=settings,
-                    owned=case.owned,
-                    needs=(True,) * 4,
-                )
-                wanted = [want[2], want[4], want[5], want[3]]
-                low = case.oracle(dtype)
-                for got, exact, same in zip(grads, wanted, [low[2], low[4], low[5], low[3]], strict=True):
-                    assert_close(got, exact, same, dtype)
-    assert len(seen) >= 10
+    rows = distinct_rows("mixture")
+    assert len(rows) >= 10
+    for row in rows:
+        dtype = torch.float32 if row["dtype"] == "float" else torch.float16
+        case = case_of((2, 0, 70), (12, 8, 8), in_features=200, x_dtype=dtype, factor_dtype=dtype)
+        max_rank, want = int(case.rank.max()), case.oracle()
+        y = case.y.clone()
+        if row["phase"] == "forward":
+            mixture.mixture_fwd(
+                y, case.x, case.A, case.B, routing_of(case), max_rank=max_rank, plan=row["plan"]
+            )
+            assert_close(y, want[0], case.oracle(dtype)[0], dtype)
+        else:
+            u = mixture.mixture_fwd(
+                y,
+                case.x,
+                case.A,
+                case.B,
+                routing_of(case),
+                max_rank=max_rank,
+                plan=small_plan(),
+                save_u=True,
+            )
+            *grads, _ = mixture.mixture_bwd(
+                case.dy,
+                case.x,
+                u,
+                case.A,
+                case.B,
+                routing_of(case),
+                max_rank=max_rank,
+                plan=row["plan"],
+                owned=case.owned,
+                needs=(True,) * 4,
+            )
+            wanted = [want[2], want[4], want[5], want[3]]
+            low = case.oracle(dtype)
+            for got, exact, same in zip(grads, wanted, [low[2], low[4], low[5], low[3]], strict=True):
+                assert_close(got, exact, same, dtype)
 
 
 @pytest.mark.parametrize("kernel", ["one_pass", "two_pass"])
