@@ -25,7 +25,7 @@ HEAD_INITS = ("probe", "zero")
 MIXINGS = ("instance", "batch")
 KEY_TRAINING = ("key_learning_rate", "key_epochs", "key_batch_size")
 # Left out of `to_dict` at their defaults.
-LATER_FIELDS = (*KEY_TRAINING, "layers_to_transform", "route_in_prefill")
+LATER_FIELDS = (*KEY_TRAINING, "layers_to_transform", "route_in_prefill", "feature_penalty", "taper")
 POOLINGS = ("auto", "mean", "first", "last")
 
 # The linear after attention, which the paper re-parameterises: BERT, LLaMA, T5. The first that matches.
@@ -60,6 +60,12 @@ class SLMConfig:
         head_init: where a task's classification head starts when its training does: "probe" (a logistic
             regression on the features of as many texts as the training sees) or "zero". A head that took
             over those of other tasks (`init`) starts there.
+        feature_penalty: weight of what a task with a head may change besides its answers: while it is learnt,
+            the loss gets this times mean |f - f0|^2 / mean |f0 - mean f0|^2, f what the head reads of a
+            training text and f0 what it reads of it in the frozen model. Texts of other tasks that are taken
+            for this one's then keep more of what the frozen model makes of them. 0: nothing is added.
+            Source: Mukhoti et al., "Fine-tuning can cripple your foundation model; preserving features may be
+            the solution" (TMLR 2024).
         query_layers: encoder layers whose mean-pooled states form the query, or "auto": all of them while the
             query stays under 4,096 values, else evenly spaced ones ("backbone": `auto_layers`).
             `choose_query_layers` measures which tell tasks apart; keys are made of them, so that they stay.
@@ -78,6 +84,9 @@ class SLMConfig:
             must explain the query better than the mean of all tasks does; grouped_cosine: a cosine. "auto"
             (whitened): rows that lie farther from the best entry's task than a share `coverage` of the task's
             own texts (held out, when it was learnt); rows whose task is told are not asked.
+        taper: "auto" floors: a row keeps all of its weights up to the distance of this share of the task's
+            own texts; from there on they fall, in a line, to 0 at `coverage`, so that a text that is hardly
+            one of the task's moves the frozen model but little. None: whole up to `coverage`.
         mixing: "instance" (a mixture per row) or "batch" (the paper's evaluation: scores averaged over the
             batch).
         pooling: what a classification head reads: "mean", "first" or "last" token; "auto" by architecture.
@@ -109,12 +118,14 @@ class SLMConfig:
     key_batch_size: int = 32
     init: str = "zero"
     head_init: str = "probe"
+    feature_penalty: float = 0.0
     query_layers: list[int] | str = "auto"
     weighting: str | None = None
     temperature: float | str | None = None
     twin_share: float = 0.0
     min_similarity: float | str | None = None
     coverage: float = 0.99
+    taper: float | None = 0.5
     statistics_rank: int | None = None
     mixing: str = "instance"
     pooling: str = "auto"
@@ -174,10 +185,14 @@ class SLMConfig:
                 f'twin_share needs metric="whitened" and mixing="instance", got {self.metric!r} and '
                 f"{self.mixing!r}"
             )
+        if not (math.isfinite(self.feature_penalty) and self.feature_penalty >= 0):
+            raise ValueError(f"feature_penalty must be finite and not negative, got {self.feature_penalty!r}")
         if not math.isfinite(self.scaling):
             raise ValueError(f"scaling must be finite, got {self.scaling!r}")
         if not 0 < self.coverage <= 1:
             raise ValueError(f"coverage must be in (0, 1], got {self.coverage!r}")
+        if self.taper is not None and not 0 <= self.taper <= 1:
+            raise ValueError(f"taper must be in [0, 1], or None, got {self.taper!r}")
         if self.faiss_above is not None and not (isinstance(self.faiss_above, int) and self.faiss_above >= 0):
             raise ValueError(f"faiss_above must be an integer from 0, or None, got {self.faiss_above!r}")
         if not (math.isfinite(self.key_learning_rate) and self.key_learning_rate > 0):

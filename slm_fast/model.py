@@ -292,9 +292,14 @@ class SLMModel(nn.Module):
         task: str | None = None,
         labels: Tensor | None = None,
         num_items_in_batch=None,
+        frozen_features: Tensor | None = None,
+        feature_weight: float = 0.0,
         **kwargs,
     ):
         """The base model's forward with every row's mixture; see the class for the routing arguments.
+
+        With `frozen_features=` [B, H], what `features` gives without mixtures, the loss of a task with a head
+        gets `feature_weight` times the rows' mean |features - frozen_features|^2.
 
         With `cu_seq_lens_q=`, as in transformers' batches without padding, the rows are the sequences packed
         into a batch [1, T]; no cache is made then unless `use_cache=True` asks for it.
@@ -309,7 +314,11 @@ class SLMModel(nn.Module):
             if task is not None and self.pool.task(task).labels is not None:
                 if scope.packing is not None:
                     raise ValueError(f"the head of task {task!r} takes no packed sequences (cu_seq_lens_q)")
-                return self._classify(task, labels, num_items_in_batch, *args, **kwargs)
+                return self._classify(
+                    task, labels, num_items_in_batch, frozen_features, feature_weight, *args, **kwargs
+                )
+            if frozen_features is not None:
+                raise ValueError("frozen_features= goes with a task that has a head: pass task=")
             if labels is not None:
                 kwargs["labels"] = labels
             if num_items_in_batch is not None and "num_items_in_batch" in self._forward_names:
@@ -416,15 +425,27 @@ class SLMModel(nn.Module):
         bidirectional = self.is_seq2seq or self.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         return "mean" if bidirectional else "last"
 
-    def _classify(self, task: str, labels, num_items_in_batch, *args, **kwargs) -> SequenceClassifierOutput:
-        logits = self.pool.head(task)(self.features(*args, **kwargs))
+    def _classify(
+        self,
+        task: str,
+        labels: Tensor | None,
+        num_items_in_batch,
+        frozen: Tensor | None,
+        weight: float,
+        *args,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """What a task's head answers. The loss: cross entropy + weight |features - frozen|^2, of the rows."""
+        features = self.features(*args, **kwargs)
+        logits = self.pool.head(task)(features)
         if labels is None:
             return SequenceClassifierOutput(logits=logits)
-        if num_items_in_batch is None:
-            loss = F.cross_entropy(logits, labels)
-        else:
-            loss = F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        mean = num_items_in_batch is None
+        loss = F.cross_entropy(logits, labels, reduction="mean" if mean else "sum")
+        if frozen is not None:
+            moved = (features - frozen).square().sum(-1)
+            loss = loss + weight * (moved.mean() if mean else moved.sum())
+        return SequenceClassifierOutput(loss=loss if mean else loss / num_items_in_batch, logits=logits)
 
     def predict(
         self,

@@ -571,8 +571,8 @@ class KnowledgePool(nn.Module):
             free = [task is None for task in ([None] * len(query) if tasks is None else tasks)]
             free = torch.tensor(free, dtype=torch.bool, device=query.device)
             if calibrated:
-                outside = self._outside(query, routing).to(query.device) & free
-                routing = routing._replace(weights=routing.weights.masked_fill(outside[:, None], 0.0))
+                share = torch.where(free, self._nearness(query, routing).to(query.device), 1.0)
+                routing = routing._replace(weights=routing.weights * share[:, None])
             if config.twin_share:
                 routing = share_with_twins(self, query, routing, free)
         return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
@@ -620,17 +620,14 @@ class KnowledgePool(nn.Module):
         kept = (routing.weights != 0).any(-1, keepdim=True)  # not below the floor
         return routing._replace(weights=torch.where(kept, weights, 0.0))
 
-    def _outside(self, query: Tensor, routing: Routing) -> Tensor:
-        """[B] bool: the queries that are too far from the task of their best entry to be one of its texts."""
-        outside = torch.zeros(query.shape[0], dtype=torch.bool)
+    def _nearness(self, query: Tensor, routing: Routing) -> Tensor:
+        """[B] fp32: how much of its weights a query keeps, by how near the task of its best entry is."""
+        nearness = torch.ones(query.shape[0])
         for name, members in self.rows_by_task(routing):
-            members = members.cpu()
             if module_key(name) in self.metric.tasks:
-                statistics = self.metric.tasks[module_key(name)]
-                outside[members] = statistics.is_outside(
-                    query[members.to(query.device)], self.config.coverage
-                )
-        return outside
+                statistics, found = self.metric.tasks[module_key(name)], query[members.to(query.device)]
+                nearness[members.cpu()] = statistics.nearness(found, self.config.coverage, self.config.taper)
+        return nearness
 
     def rows_by_task(self, routing: Routing, asked: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every task that is the best of some rows (of those `asked`, [B] bool), and the rows' numbers."""

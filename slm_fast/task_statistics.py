@@ -221,12 +221,26 @@ class TaskStatistics(nn.Module):
         same_unit += self.rest.permute(1, 2, 0)  # [states, states, units]
         return scatter
 
-    def is_outside(self, query: Tensor, coverage: float) -> Tensor:
-        """Which of the queries [N, D] lie farther away than a share `coverage` of the task's own texts."""
+    def nearness(self, query: Tensor, coverage: float, taper: float | None = None) -> Tensor:
+        """How much of the task the queries [N, D] get: [N] fp32, with p the share of its own texts that are
+        nearer than a query,
+
+            1 if p <= taper,   (coverage - p) / (coverage - taper) up to coverage,   0 behind it
+
+        taper: None is the same as `coverage`: whole up to there.
+        """
         query = query.cpu()
         if not len(self.quantiles):
-            return torch.zeros(len(query), dtype=torch.bool)
-        return self.own().distance(query) > self.quantiles.quantile(coverage)
+            return torch.ones(len(query))
+        distance = self.own().distance(query)
+        inside = (distance <= self.quantiles.quantile(coverage)).float()
+        if taper is None or taper >= coverage:
+            return inside
+        above = torch.searchsorted(self.quantiles, distance).clamp(1, len(self.quantiles) - 1)
+        low, high = self.quantiles[above - 1], self.quantiles[above]
+        part = ((distance - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
+        nearer = (above - 1 + part) / (len(self.quantiles) - 1)
+        return inside * ((coverage - nearer) / (coverage - taper)).clamp(0, 1)
 
     def holds(self, other: "TaskStatistics", coverage: float) -> bool:
         """Whether the other task's texts lie, in the mean, no farther away than a share `coverage` of the

@@ -42,8 +42,11 @@ class SLMTrainer(Trainer):
             `continual.tasks.Example`s.
         task: the task's name.
         max_length: tokens kept of an example.
-    Every text is encoded and routed once, before training; batches carry finished routings.
-    Raises ValueError on an unknown task, a missing column or a label that the task does not have.
+    Every text is encoded and routed once, before training; batches carry finished routings. With
+    `SLMConfig.feature_penalty` the training rows of a task with a head also carry the features that the
+    frozen model gives them: [H] fp32 each, one more pass over the rows.
+    Raises ValueError on an unknown task, a missing column, a label that the task does not have, and where the
+    loss is one that a feature penalty cannot be added to.
     """
 
     def __init__(
@@ -89,6 +92,9 @@ class SLMTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = labels is not None or model.accepts_loss_kwargs
+        self._feature_penalty = model.slm_config.feature_penalty if labels is not None else 0.0
+        if self._feature_penalty and (self.label_smoother is not None or self.compute_loss_func is not None):
+            raise ValueError("feature_penalty is part of the model's own loss: no other one can be taken")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train; the task's entries are parameters only while this runs.
@@ -103,10 +109,14 @@ class SLMTrainer(Trainer):
             raise OSError(f"{resume_from_checkpoint} is not a checkpoint that was written to its end")
         self.model.pool.task(self.task).max_length = self._encoding[3]
         with self.learning():
+            if resume_from_checkpoint:
+                state = TrainerState.load_from_json(_state_of(resume_from_checkpoint))
+                if self._was_over(state):
+                    return self._take_finished(resume_from_checkpoint, state)
+            if self._feature_penalty:
+                self._keep_frozen_features()
             if not resume_from_checkpoint:
                 self._start_heads()
-            elif self._was_over(state := TrainerState.load_from_json(_state_of(resume_from_checkpoint))):
-                return self._take_finished(resume_from_checkpoint, state)
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _was_over(self, state: TrainerState) -> bool:
@@ -140,6 +150,18 @@ class SLMTrainer(Trainer):
             yield
 
     @torch.no_grad()
+    def _keep_frozen_features(self) -> None:
+        """Give every training row the features that the frozen model gives it, and find their variance."""
+        rows = by_length(self.train_dataset)
+        frozen = self.model.pool.fixed_routing(["__base__"])
+        with evaluating(self.model):
+            features, _ = self._features([row | {"routing": frozen} for row in rows])
+        for row, feature in zip(rows, features.cpu(), strict=True):
+            row["frozen_features"] = feature
+        variance = (features - features.mean(0)).square().sum(1).mean()
+        self._feature_weight = self._feature_penalty / max(float(variance), 1e-12)
+
+    @torch.no_grad()
     def _start_heads(self) -> None:
         """Start the heads that are zero at a linear probe of the features that they will read.
 
@@ -151,13 +173,19 @@ class SLMTrainer(Trainer):
         for row in self.train_dataset:
             rows_of.setdefault(row.get("task", self.task), []).append(row)
         share = min(1.0, self._rows_to_see() / len(self.train_dataset))
+        untouched = not any(p.any() for name, p in self._trained() if name.endswith("B_owned"))
         for name, rows in rows_of.items():
             head = self.model.pool.head(name)
             if head is not None and not head.weight.any():
                 count = math.ceil(share * len(rows))
                 rows = [rows[len(rows) * n // count] for n in range(count)]
-                with evaluating(self.model):
-                    weight, bias = linear_probe(*self._features(rows), head.out_features)
+                if self._feature_penalty and untouched:
+                    features = torch.stack([row["frozen_features"] for row in rows])
+                    labels = torch.tensor([row["labels"] for row in rows])
+                else:
+                    with evaluating(self.model):
+                        features, labels = self._features(rows)
+                weight, bias = linear_probe(features, labels, head.out_features)
                 head.weight.copy_(weight)
                 head.bias.copy_(bias)
 
@@ -170,7 +198,7 @@ class SLMTrainer(Trainer):
 
     def _features(self, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         """What a head reads of encoded rows of a task, [N, H] fp32, and their labels [N], by length."""
-        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+        rows = by_length(rows)
         features, labels = [], []
         size = self.args.per_device_eval_batch_size
         for begin in tqdm(range(0, len(rows), size), "head", leave=False, disable=self.args.disable_tqdm):
@@ -220,6 +248,11 @@ class SLMTrainer(Trainer):
 
     def _with_routing(self, inputs: dict) -> dict:
         inputs = dict(inputs)
+        frozen = inputs.pop("frozen_features", None)
+        if self._feature_penalty and self.model.training:
+            if frozen is None:
+                raise ValueError("feature_penalty: the data collator left out the rows' frozen_features")
+            inputs |= {"frozen_features": frozen, "feature_weight": self._feature_weight}
         routing = Routing(*(inputs.pop(f"routing_{name}") for name in Routing._fields))
         return {"task": self.task} | inputs | {"routing": routing}
 
@@ -321,6 +354,11 @@ class EncodedDataset(list):
     """Rows that `encode_dataset` has tokenised and routed."""
 
 
+def by_length(rows: Sequence[dict]) -> list[dict]:
+    """Encoded rows, the shortest first."""
+    return sorted(rows, key=lambda row: len(row["input_ids"]))
+
+
 class LengthGroupedSampler(Sampler):
     """Batches of similar lengths in an order that depends on the seed and the epoch alone.
 
@@ -378,6 +416,8 @@ class Collator:
             pads = [[IGNORED] * (width - len(row)) for row in labels]
             joined = [p + row if left else row + p for p, row in zip(pads, labels, strict=True)]
             batch["labels"] = torch.tensor(joined)
+        if all("frozen_features" in row for row in rows):
+            batch["frozen_features"] = torch.stack([row["frozen_features"] for row in rows])
         routing = Routing.cat([row["routing"] for row in rows])
         return batch | {f"routing_{name}": tensor for name, tensor in routing._asdict().items()}
 

@@ -45,7 +45,7 @@ class StopAt(TrainerCallback):
 
 def prepared(family):
     """Without dropout, whose draws would depend on the number of processes."""
-    model = make_model(family)
+    model = make_model(family, feature_penalty=0.5 if family == "bert" else 0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,17 +184,34 @@ def test_the_floor_keeps_its_share_of_new_texts(coverage):
     torch.randn(400, 6, generator=mixing)
     directions = torch.randn(6, 48, generator=mixing)
     fresh = torch.randn(2000, 6) @ directions + torch.randn(2000, 48) + 1
-    assert abs(float(kept.is_outside(fresh, coverage).float().mean()) - (1 - coverage)) < 0.04
-    assert kept.is_outside(fresh + 20, coverage).all()
+    assert abs(float(kept.nearness(fresh, coverage).mean()) - coverage) < 0.04
+    assert not kept.nearness(fresh + 20, coverage).any()
+    tapered = kept.nearness(fresh, coverage, 0.5)
+    assert torch.equal(tapered == 1, kept.nearness(fresh, 0.5) == 1)
+    assert torch.equal(tapered > 0, kept.nearness(fresh, coverage) > 0)
+
+
+def test_weights_taper_in_a_line():
+    task = TaskStatistics.of(low_rank(400, noise=1.0), 512)
+    order = torch.linspace(0, 1, NUM_QUANTILES)
+    task.quantiles = 100 * order  # the share of own texts that are nearer is a hundredth of the distance
+    distance = torch.tensor([-1.0, 0.0, 20.0, 20.04, 45.0, 70.0, 80.0, 95.0, 95.1, 100.0, 1e6])
+    task._own = SimpleNamespace(distance=lambda query: distance)
+    query = torch.zeros(len(distance), 48)
+    want = torch.tensor([1, 1, 1, 1 - 0.0004 / 0.75, 2 / 3, 1 / 3, 0.2, 0, 0, 0, 0])
+    torch.testing.assert_close(task.nearness(query, 0.95, 0.2), want, rtol=1e-4, atol=1e-5)
+    assert task.nearness(query, 0.95).tolist() == [1] * 8 + [0] * 3
+    assert torch.equal(task.nearness(query, 0.95, 0.95), task.nearness(query, 0.95))
+    assert torch.equal(task.nearness(query, 0.2, 0.5), task.nearness(query, 0.2))
 
 
 def test_one_query_has_no_floor():
     assert held_out_distances(torch.ones(1, 8)).shape == (0,)
     kept = TaskStatistics.of(torch.ones(1, 8), 4)
-    assert not kept.is_outside(torch.randn(3, 8), 0.5).any()
+    assert kept.nearness(torch.randn(3, 8), 0.5).tolist() == [1, 1, 1]
     same = TaskStatistics.of(torch.ones(9, 8), 4)
     assert len(same.quantiles) == NUM_QUANTILES and same.scatter().isfinite().all()
-    assert same.is_outside(torch.randn(3, 8), 0.5).all() and not same.is_outside(torch.ones(1, 8), 0.5).any()
+    assert not same.nearness(torch.randn(3, 8), 0.5).any() and same.nearness(torch.ones(1, 8), 0.5).all()
 
 
 def make_pool(tasks, **settings):
@@ -264,6 +282,16 @@ def test_queries_outside_all_tasks_use_the_frozen_model():
     assert (pool.search(outside, "task1").weights.sum(1) > 0).all()
     told = pool.search(outside, ["task1", None] * 40).weights.sum(1) > 0
     assert told[::2].all() and told[1::2].sum() < 8
+    fresh = torch.cat([clustered_embeddings(t, 80)[40:] for t in range(3)])
+    weights = pool.search(fresh).weights.sum(1)
+    assert (weights <= 1).all() and 0.2 < ((weights > 0) & (weights < 1)).float().mean() < 0.8
+    whole = (
+        make_pool((0, 1, 2), min_similarity="auto", coverage=0.95, taper=None).search(fresh).weights.sum(1)
+    )
+    assert torch.equal(whole > 0, weights > 0) and whole[whole > 0].sub(1).abs().max() < 1e-6
+    assert torch.equal(
+        pool.search(inside, "task1").weights, make_pool((0, 1, 2)).search(inside, "task1").weights
+    )
     pool.metric.tasks["task:task0"].quantiles.zero_()
     pool.metric.tasks["task:task0"]._own = None
     assert not (pool.search(inside[:40]).weights.sum(1) > 0).any()
@@ -275,3 +303,5 @@ def test_queries_outside_all_tasks_use_the_frozen_model():
 def test_impossible_floors(settings):
     with pytest.raises(ValueError, match="min_similarity must be a number"):
         SLMConfig(**settings)
+    with pytest.raises(ValueError, match="taper must be in"):
+        SLMConfig(taper=1.5)

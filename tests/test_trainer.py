@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -103,7 +104,9 @@ def test_encoder_runs_once_per_text(model, tmp_path):
     assert sorted(seen) == sorted(e.text for e in TOPICS["size"])
 
 
-def test_resumes_with_the_same_bits(model, tmp_path, minilm):
+@pytest.mark.parametrize("penalty", [0.0, 0.5], ids=["plain", "feature_penalty"])
+def test_resumes_with_the_same_bits(model, tmp_path, minilm, penalty):
+    model.slm_config.feature_penalty = penalty
     options = dict(max_steps=6, save_strategy="steps", save_steps=3)
     learn(model, "colour", tmp_path / "a", **options)
     whole = snapshot(model, "colour")
@@ -140,7 +143,9 @@ def test_best_checkpoint_is_loaded(model, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 
-def test_checkpointing_and_accumulation_give_the_same_result(model, tmp_path, minilm):
+@pytest.mark.parametrize("penalty", [0.0, 0.5], ids=["plain", "feature_penalty"])
+def test_checkpointing_and_accumulation_give_the_same_result(model, tmp_path, minilm, penalty):
+    model.slm_config.feature_penalty = penalty
     results = []
     for options in (
         dict(),
@@ -258,10 +263,7 @@ def test_a_probe_is_the_minimum_of_its_objective(rows, penalty):
 def probed(model, name):
     """The probe of a task's head on all its rows, and the head."""
     rows = TOPICS[name]
-    encoded = model.require_tokenizer()([r.text for r in rows], padding=True, return_tensors="pt")
-    model.eval()
-    with torch.no_grad(), model.state.use(model.pool.fixed_routing(["__base__"] * len(rows)), None):
-        features = model.features(**encoded)
+    features = features_of(model, rows, "__base__")
     head = model.pool.head(name)
     labels = torch.tensor([model.pool.task(name).labels.index(r.target) for r in rows])
     return linear_probe(features, labels, head.out_features), (head.weight, head.bias)
@@ -282,6 +284,73 @@ def test_a_head_may_start_at_zero(model, tmp_path):
     model.slm_config.head_init = "zero"
     learn(model, "size", tmp_path, learning_rate=1e-12, weight_decay=0.0)
     assert model.pool.head("size").weight.abs().max() < 1e-6
+
+
+def features_of(model, rows, routed_to):
+    encoded = model.require_tokenizer()([r.text for r in rows], padding=True, return_tensors="pt")
+    model.eval()
+    with torch.no_grad(), model.state.use(model.pool.fixed_routing([routed_to] * len(rows)), None):
+        return model.features(**encoded)
+
+
+def test_a_feature_penalty_keeps_features_near_the_frozen_models(model, minilm, tmp_path):
+    moved, rows = {}, TOPICS["colour"]
+    for penalty in (0.0, 1.0, 10.0):
+        base, tokenizer = AutoModel.from_pretrained(minilm), AutoTokenizer.from_pretrained(minilm)
+        config = dataclasses.replace(model.slm_config, feature_penalty=penalty)
+        fresh = get_slm_model(base, config, tokenizer=tokenizer)
+        learn(fresh, "colour", tmp_path, max_steps=30)
+        change = features_of(fresh, rows, "colour") - features_of(fresh, rows, "__base__")
+        moved[penalty] = float(change.square().sum(1).mean())
+    assert 0 < moved[10.0] < moved[1.0] / 1.5 < moved[0.0] / 2
+
+
+@pytest.mark.parametrize("items", [None, 7])
+def test_the_loss_with_a_feature_penalty_is_its_formula(model, tmp_path, items):
+    learn(model, "size", tmp_path)
+    rows, routing = TOPICS["size"], model.pool.fixed_routing(["size"] * len(TOPICS["size"]))
+    frozen, features = (features_of(model, rows, name) for name in ("__base__", "size"))
+    labels = torch.tensor([model.pool.task("size").labels.index(r.target) for r in rows])
+    encoded = model.require_tokenizer()([r.text for r in rows], padding=True, return_tensors="pt")
+    options = dict(task="size", routing=routing, labels=labels, num_items_in_batch=items)
+    got = model(**encoded, **options, frozen_features=frozen, feature_weight=0.3).loss
+    losses = torch.nn.functional.cross_entropy(model.pool.head("size")(features), labels, reduction="none")
+    wanted = (losses + 0.3 * (features - frozen).square().sum(1)).sum() / (items or len(rows))
+    torch.testing.assert_close(got, wanted)
+    assert not torch.isclose(got, model(**encoded, **options).loss)
+    with pytest.raises(ValueError, match="a task that has a head"):
+        model(**encoded, routing=routing, frozen_features=frozen)
+
+
+def test_a_feature_penalty_is_in_the_first_steps_loss(model, tmp_path):
+    """Its scale is the frozen features' variance over the training rows; dropout alone moves them here."""
+    rows, losses = TOPICS["size"], {}
+    for penalty in (0.0, 2.0):
+        model.slm_config.feature_penalty = penalty
+        learn(model, "size", tmp_path, max_steps=1, learning_rate=1e-12)
+        trainer = learn(model, "size", tmp_path, max_steps=1, learning_rate=1e-12)
+        losses[penalty] = trainer.state.log_history[0]["loss"]
+    frozen = features_of(model, rows, "__base__")
+    variance = float((frozen - frozen.mean(0)).square().sum(1).mean())
+    assert trainer._feature_weight == pytest.approx(2.0 / variance, rel=1e-4)
+    assert losses[2.0] > losses[0.0] + 0.01
+
+
+def test_what_a_feature_penalty_cannot_go_with(model, tmp_path):
+    model.slm_config.feature_penalty = 1.0
+    with pytest.raises(ValueError, match="no other one can be taken"):
+        learn(model, "size", tmp_path, label_smoothing_factor=0.1)
+    rows = TOPICS["size"]
+    plain = Collator(model.require_tokenizer(), True)
+
+    def collator(rows):
+        return {name: value for name, value in plain(rows).items() if name != "frozen_features"}
+
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="the data collator left out"):
+        SLMTrainer(model, args, rows, task="size", max_length=32, data_collator=collator).train()
+    with pytest.raises(ValueError, match="feature_penalty must be finite and not negative"):
+        SLMConfig(feature_penalty=-1.0)
 
 
 def test_labels_are_padded_on_the_side_of_the_inputs():

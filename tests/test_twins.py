@@ -148,9 +148,21 @@ def test_rows_whose_task_is_told_keep_to_it():
 
 
 def test_rows_of_the_frozen_model_stay_there():
-    pool = four_tasks(min_similarity="auto").pool
+    pool = four_tasks(min_similarity="auto", taper=None).pool
     routing = pool.search(torch.cat([near(7, 2), near(7, 2) + 50]))
     assert routing.weights[:2].sum(1).tolist() == pytest.approx([1, 1]) and not routing.weights[2:].any()
+
+
+def test_what_a_row_has_left_of_its_weight_is_shared():
+    query = near(7, 40)
+    whole = four_tasks(min_similarity="auto", taper=None).pool
+    tapered = four_tasks(min_similarity="auto", taper=0.0).pool
+    before, after = (masses(pool, pool.search(query)) for pool in (whole, tapered))
+    left = [sum(mass.values()) for mass in after]
+    assert any(0.01 < share < 0.99 for share in left)
+    for full, less, share in zip(before, after, left, strict=True):
+        if sum(full.values()):
+            assert less == pytest.approx({name: share * mass for name, mass in full.items()}, abs=1e-6)
 
 
 def test_the_mixture_and_the_heads_follow_the_shares():

@@ -17,7 +17,7 @@ from slm_fast.task_statistics import module_key
 COST_NAME = "cost.json"
 NO_MATTER = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps")
 NO_MATTER += ("save_steps", "save_total_limit")  # of the training arguments
-OF_RETRIEVAL = ("twin_share", "min_similarity", "coverage", "faiss_above")  # of the config
+OF_RETRIEVAL = ("twin_share", "min_similarity", "coverage", "taper", "faiss_above")  # of the config
 ANY_RANK = 512  # stands in a folder's name for a `statistics_rank` that training does not depend on
 
 
