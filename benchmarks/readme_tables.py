@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import stdev
 
 from slm_fast.continual.tables import comparison, mean_over_runs, measured, probe_table
 
@@ -135,6 +136,21 @@ def probes() -> str:
     header, rows = probe_table(run["probes"])
     made = "python benchmarks/bench_continual.py bert5_probes"
     return captioned(header, rows, {"continual": made})
+
+
+def few_examples() -> str:
+    """Accuracy, told the task, learnt from a few texts a class from both starts; with spreads over draws."""
+
+    def cell(values: list[float]) -> str:
+        return percent(mean(values)) + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+
+    rows = [
+        [found["task"], found["start"], cell(found["before"]), cell(found["after"])]
+        for found in load("transfer")["results"]
+    ]
+    header = ["%", "new entries start from", "before the first step", "learnt"]
+    made = "python benchmarks/bench_transfer.py --pool RUN/slm"
+    return captioned(header, rows, {"transfer": made})
 
 
 def of_benchmark(name: str, benchmark: str) -> dict:
@@ -419,6 +435,7 @@ TABLES = {
     "five tasks": five_tasks,
     "baselines": baselines,
     "never learnt": probes,
+    "few examples": few_examples,
     "routing of five tasks": routing_of_five_tasks,
     "coverage": coverage,
     "routing of 25 tasks": routing_of_25_tasks,

@@ -25,8 +25,13 @@ HEAD_INITS = ("probe", "zero")
 MIXINGS = ("instance", "batch")
 KEY_TRAINING = ("key_learning_rate", "key_epochs", "key_batch_size")
 # Left out of `to_dict` at their defaults.
-LATER_FIELDS = (*KEY_TRAINING, "layers_to_transform", "route_in_prefill", "feature_penalty", "taper")
+LATER_FIELDS = (*KEY_TRAINING, "layers_to_transform", "route_in_prefill", "feature_penalty")
 POOLINGS = ("auto", "mean", "first", "last")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 
 # The linear after attention, which the paper re-parameterises: BERT, LLaMA, T5. The first that matches.
 DEFAULT_TARGETS = ("attention.output.dense", "o_proj", "o")
@@ -84,9 +89,10 @@ class SLMConfig:
             must explain the query better than the mean of all tasks does; grouped_cosine: a cosine. "auto"
             (whitened): rows that lie farther from the best entry's task than a share `coverage` of the task's
             own texts (held out, when it was learnt); rows whose task is told are not asked.
-        taper: "auto" floors: a row keeps all of its weights up to the distance of this share of the task's
-            own texts; from there on they fall, in a line, to 0 at `coverage`, so that a text that is hardly
-            one of the task's moves the frozen model but little. None: whole up to `coverage`.
+        taper: "auto" floors: a row keeps all of its weights up to about the distance of this share of the
+            task's own texts; from there on they fall, in 16 steps, to 0 at `coverage`, so that a text that
+            is hardly one of the task's moves the frozen model but little. None, or not less than `coverage`:
+            whole up to there.
         mixing: "instance" (a mixture per row) or "batch" (the paper's evaluation: scores averaged over the
             batch).
         pooling: what a classification head reads: "mean", "first" or "last" token; "auto" by architecture.
@@ -185,14 +191,15 @@ class SLMConfig:
                 f'twin_share needs metric="whitened" and mixing="instance", got {self.metric!r} and '
                 f"{self.mixing!r}"
             )
-        if not (math.isfinite(self.feature_penalty) and self.feature_penalty >= 0):
-            raise ValueError(f"feature_penalty must be finite and not negative, got {self.feature_penalty!r}")
+        penalty, taper = self.feature_penalty, self.taper
+        if not (_is_number(penalty) and math.isfinite(penalty) and penalty >= 0):
+            raise ValueError(f"feature_penalty must be a number from 0, got {penalty!r}")
+        if taper is not None and not (_is_number(taper) and 0 <= taper <= 1):
+            raise ValueError(f"taper must be a number from 0 to 1, or None, got {taper!r}")
         if not math.isfinite(self.scaling):
             raise ValueError(f"scaling must be finite, got {self.scaling!r}")
         if not 0 < self.coverage <= 1:
             raise ValueError(f"coverage must be in (0, 1], got {self.coverage!r}")
-        if self.taper is not None and not 0 <= self.taper <= 1:
-            raise ValueError(f"taper must be in [0, 1], or None, got {self.taper!r}")
         if self.faiss_above is not None and not (isinstance(self.faiss_above, int) and self.faiss_above >= 0):
             raise ValueError(f"faiss_above must be an integer from 0, or None, got {self.faiss_above!r}")
         if not (math.isfinite(self.key_learning_rate) and self.key_learning_rate > 0):
@@ -242,16 +249,21 @@ class SLMConfig:
         """The settings by name.
 
         Those of `LATER_FIELDS` are left out at their defaults, so that what was stored before they existed
-        keeps its identity.
+        keeps its identity; so is `taper`, but with an "auto" floor where it is None.
         """
         values = dataclasses.asdict(self)
         for name in LATER_FIELDS:
             if values[name] == getattr(SLMConfig, name):
                 del values[name]
+        if self.taper == (None if self.min_similarity == "auto" else SLMConfig.taper):
+            del values["taper"]
         return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "SLMConfig":
+        """The settings of `to_dict`; floors that were stored without a `taper` had none."""
+        if values.get("min_similarity") == "auto":
+            values = {"taper": None} | values
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -293,13 +293,13 @@ class SLMModel(nn.Module):
         labels: Tensor | None = None,
         num_items_in_batch=None,
         frozen_features: Tensor | None = None,
-        feature_weight: float = 0.0,
+        feature_weight: float | None = None,
         **kwargs,
     ):
         """The base model's forward with every row's mixture; see the class for the routing arguments.
 
-        With `frozen_features=` [B, H], what `features` gives without mixtures, the loss of a task with a head
-        gets `feature_weight` times the rows' mean |features - frozen_features|^2.
+        With `frozen_features=` [B, H], what `features` gives without mixtures, and `feature_weight=` every
+        row's loss of a task with a head gets weight |features - frozen_features|^2.
 
         With `cu_seq_lens_q=`, as in transformers' batches without padding, the rows are the sequences packed
         into a batch [1, T]; no cache is made then unless `use_cache=True` asks for it.
@@ -310,6 +310,8 @@ class SLMModel(nn.Module):
         sources = {"texts": texts, "embeddings": embeddings, "routing": routing}
         sources |= {"adapter_names": adapter_names, "task": task}
         scope = self._scope(sources, args, kwargs)
+        if (frozen_features is None) != (feature_weight is None):
+            raise ValueError("frozen_features= and feature_weight= go together")
         with scope:
             if task is not None and self.pool.task(task).labels is not None:
                 if scope.packing is not None:
@@ -430,22 +432,27 @@ class SLMModel(nn.Module):
         task: str,
         labels: Tensor | None,
         num_items_in_batch,
-        frozen: Tensor | None,
-        weight: float,
+        frozen_features: Tensor | None,
+        feature_weight: float | None,
         *args,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """What a task's head answers. The loss: cross entropy + weight |features - frozen|^2, of the rows."""
+        """What a task's head answers; the loss is the rows' mean, or their sum / `num_items_in_batch`."""
         features = self.features(*args, **kwargs)
         logits = self.pool.head(task)(features)
         if labels is None:
             return SequenceClassifierOutput(logits=logits)
-        mean = num_items_in_batch is None
-        loss = F.cross_entropy(logits, labels, reduction="mean" if mean else "sum")
-        if frozen is not None:
-            moved = (features - frozen).square().sum(-1)
-            loss = loss + weight * (moved.mean() if mean else moved.sum())
-        return SequenceClassifierOutput(loss=loss if mean else loss / num_items_in_batch, logits=logits)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(logits, labels, reduction=reduction)
+        if frozen_features is not None:
+            if frozen_features.shape != features.shape:
+                wanted, got = list(features.shape), list(frozen_features.shape)
+                raise ValueError(f"frozen_features must be {wanted}, got {got}")
+            moved = (features - frozen_features).square().sum(-1)
+            loss = loss + feature_weight * getattr(moved, reduction)()
+        if num_items_in_batch is not None:
+            loss = loss / num_items_in_batch
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def predict(
         self,

@@ -625,8 +625,8 @@ class KnowledgePool(nn.Module):
         nearness = torch.ones(query.shape[0])
         for name, members in self.rows_by_task(routing):
             if module_key(name) in self.metric.tasks:
-                statistics, found = self.metric.tasks[module_key(name)], query[members.to(query.device)]
-                nearness[members.cpu()] = statistics.nearness(found, self.config.coverage, self.config.taper)
+                statistics, rows = self.metric.tasks[module_key(name)], query[members.to(query.device)]
+                nearness[members.cpu()] = statistics.nearness(rows, self.config.coverage, self.config.taper)
         return nearness
 
     def rows_by_task(self, routing: Routing, asked: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:

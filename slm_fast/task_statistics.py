@@ -12,6 +12,7 @@ UNIT_RIDGE = 0.1  # on the scatter between the states' values of a unit, in unit
 LEVELS = 127  # of a direction's codes, on either side of 0
 DIRECTION_BYTES = 1 << 20  # of a task's directions, where their number is not told
 FOLDS = 5
+STEPS = 16  # of a tapering floor
 NUM_QUANTILES = 1001
 
 
@@ -222,11 +223,13 @@ class TaskStatistics(nn.Module):
         return scatter
 
     def nearness(self, query: Tensor, coverage: float, taper: float | None = None) -> Tensor:
-        """How much of the task the queries [N, D] get: [N] fp32, with p the share of its own texts that are
-        nearer than a query,
+        """How much of the task the queries [N, D] get: [N] fp32, with p the share of its own texts, held out,
+        that are nearer than a query,
 
             1 if p <= taper,   (coverage - p) / (coverage - taper) up to coverage,   0 behind it
 
+        rounded up to a multiple of 1 / 16: rows of one share have equal weights, and the last bits of a
+        distance, which depend on the rows beside it, hardly ever matter.
         taper: None is the same as `coverage`: whole up to there.
         """
         query = query.cpu()
@@ -240,7 +243,8 @@ class TaskStatistics(nn.Module):
         low, high = self.quantiles[above - 1], self.quantiles[above]
         part = ((distance - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
         nearer = (above - 1 + part) / (len(self.quantiles) - 1)
-        return inside * ((coverage - nearer) / (coverage - taper)).clamp(0, 1)
+        share = ((coverage - nearer) / (coverage - taper)).clamp(0, 1)
+        return inside * (STEPS * share).ceil() / STEPS
 
     def holds(self, other: "TaskStatistics", coverage: float) -> bool:
         """Whether the other task's texts lie, in the mean, no farther away than a share `coverage` of the

@@ -43,8 +43,9 @@ class SLMTrainer(Trainer):
         task: the task's name.
         max_length: tokens kept of an example.
     Every text is encoded and routed once, before training; batches carry finished routings. With
-    `SLMConfig.feature_penalty` the training rows of a task with a head also carry the features that the
-    frozen model gives them: [H] fp32 each, one more pass over the rows.
+    `SLMConfig.feature_penalty` the training rows of a task with a head also carry, while it lasts, the
+    features that the frozen model gives them: [H] fp32 each, one more pass over all rows. Losses of an
+    evaluation are without the penalty.
     Raises ValueError on an unknown task, a missing column, a label that the task does not have, and where the
     loss is one that a feature penalty cannot be added to.
     """
@@ -113,11 +114,15 @@ class SLMTrainer(Trainer):
                 state = TrainerState.load_from_json(_state_of(resume_from_checkpoint))
                 if self._was_over(state):
                     return self._take_finished(resume_from_checkpoint, state)
-            if self._feature_penalty:
-                self._keep_frozen_features()
-            if not resume_from_checkpoint:
-                self._start_heads()
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                if self._feature_penalty:
+                    self._keep_frozen_features()
+                if not resume_from_checkpoint:
+                    self._start_heads()
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                for row in self.train_dataset if self._feature_penalty else ():
+                    row.pop("frozen_features", None)
 
     def _was_over(self, state: TrainerState) -> bool:
         """Whether training had ended at a checkpoint with this state. Early stopping gets its counts back:
@@ -151,15 +156,17 @@ class SLMTrainer(Trainer):
 
     @torch.no_grad()
     def _keep_frozen_features(self) -> None:
-        """Give every training row the features that the frozen model gives it, and find their variance."""
+        """Give every training row the features that the frozen model gives it, and find the penalty's weight:
+        1 over their variance, 0 where they are all the same."""
         rows = by_length(self.train_dataset)
         frozen = self.model.pool.fixed_routing(["__base__"])
         with evaluating(self.model):
-            features, _ = self._features([row | {"routing": frozen} for row in rows])
-        for row, feature in zip(rows, features.cpu(), strict=True):
+            features, _ = self._features([row | {"routing": frozen} for row in rows], "frozen features")
+        for row, feature in zip(rows, features, strict=True):
             row["frozen_features"] = feature
-        variance = (features - features.mean(0)).square().sum(1).mean()
-        self._feature_weight = self._feature_penalty / max(float(variance), 1e-12)
+        variance = float(features.var(0, correction=0).sum())
+        differ = variance > 1e-6 * float(features.square().sum(1).mean())
+        self._feature_weight = self._feature_penalty / variance if differ else 0.0
 
     @torch.no_grad()
     def _start_heads(self) -> None:
@@ -173,19 +180,22 @@ class SLMTrainer(Trainer):
         for row in self.train_dataset:
             rows_of.setdefault(row.get("task", self.task), []).append(row)
         share = min(1.0, self._rows_to_see() / len(self.train_dataset))
-        untouched = not any(p.any() for name, p in self._trained() if name.endswith("B_owned"))
+        untouched = bool(self._feature_penalty) and not any(
+            p.any() for name, p in self._trained() if name.endswith("B_owned")
+        )
         for name, rows in rows_of.items():
             head = self.model.pool.head(name)
             if head is not None and not head.weight.any():
                 count = math.ceil(share * len(rows))
                 rows = [rows[len(rows) * n // count] for n in range(count)]
-                if self._feature_penalty and untouched:
+                if untouched:  # the frozen model's features are those of before the first step
                     features = torch.stack([row["frozen_features"] for row in rows])
                     labels = torch.tensor([row["labels"] for row in rows])
                 else:
                     with evaluating(self.model):
-                        features, labels = self._features(rows)
-                weight, bias = linear_probe(features, labels, head.out_features)
+                        features, labels = self._features(rows, "head")
+                device = head.weight.device
+                weight, bias = linear_probe(features.to(device), labels.to(device), head.out_features)
                 head.weight.copy_(weight)
                 head.bias.copy_(bias)
 
@@ -196,17 +206,18 @@ class SLMTrainer(Trainer):
             return args.max_steps * of_a_step
         return math.ceil(args.num_train_epochs * len(self.train_dataset))
 
-    def _features(self, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a head reads of encoded rows of a task, [N, H] fp32, and their labels [N], by length."""
+    def _features(self, rows: list[dict], title: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a head reads of encoded rows of a task, [N, H] fp32, and their labels [N], by length; on the
+        CPU."""
         rows = by_length(rows)
         features, labels = [], []
         size = self.args.per_device_eval_batch_size
-        for begin in tqdm(range(0, len(rows), size), "head", leave=False, disable=self.args.disable_tqdm):
+        for begin in tqdm(range(0, len(rows), size), title, leave=False, disable=self.args.disable_tqdm):
             batch = self._with_routing(self._prepare_inputs(self.data_collator(rows[begin : begin + size])))
             routing, _ = batch.pop("routing"), batch.pop("task")
-            labels.append(batch.pop("labels"))
+            labels.append(batch.pop("labels").cpu())
             with self.compute_loss_context_manager(), self.model.state.use(routing, None):
-                features.append(self.model.features(**batch).float())
+                features.append(self.model.features(**batch).float().cpu())
         return torch.cat(features), torch.cat(labels)
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -251,7 +262,10 @@ class SLMTrainer(Trainer):
         frozen = inputs.pop("frozen_features", None)
         if self._feature_penalty and self.model.training:
             if frozen is None:
-                raise ValueError("feature_penalty: the data collator left out the rows' frozen_features")
+                raise ValueError(
+                    "feature_penalty: the batch lacks frozen_features, which train() gives the rows and the "
+                    "data collator must keep"
+                )
             inputs |= {"frozen_features": frozen, "feature_weight": self._feature_weight}
         routing = Routing(*(inputs.pop(f"routing_{name}") for name in Routing._fields))
         return {"task": self.task} | inputs | {"routing": routing}

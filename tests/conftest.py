@@ -38,8 +38,8 @@ if DEVICE == "cpu" and importlib.util.find_spec("triton"):
 
 def distinct_rows(op: str) -> list[dict]:
     """The plan tables' rows for an op, one of those whose tiles are the same where the tests run: the
-    interpreter knows no warps, stages or dependent launches."""
-    unseen = () if DEVICE == "cuda" else ("num_warps", "num_stages", "pdl")
+    interpreter knows no stages or dependent launches."""
+    unseen = () if DEVICE == "cuda" else ("num_stages", "pdl")
 
     def seen(value):
         if not isinstance(value, dict):

@@ -70,11 +70,14 @@ class Segments(Case):
         want = self.oracle()
         low = min((self.x_dtype, self.factor_dtype), key=lambda d: -TINY[d])
         same = self.oracle(low) if low != torch.float32 else [None] * len(want)
+        assert set(phases) <= {"forward", "backward"}
         if "backward" in phases:
             for g, w, s in zip(self.train(backend), want, same, strict=True):
                 assert_close(g, w, s, low)
         if "forward" in phases:
             assert_close(self.forward(backend), want[0], same[0], low)
+            kept = self.forward(backend, x=self.x.clone().requires_grad_())  # with what a backward pass reads
+            assert_close(kept.detach(), want[0], same[0], low)
 
 
 @pytest.fixture(params=VARIANTS)

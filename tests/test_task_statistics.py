@@ -187,19 +187,18 @@ def test_the_floor_keeps_its_share_of_new_texts(coverage):
     assert abs(float(kept.nearness(fresh, coverage).mean()) - coverage) < 0.04
     assert not kept.nearness(fresh + 20, coverage).any()
     tapered = kept.nearness(fresh, coverage, 0.5)
-    assert torch.equal(tapered == 1, kept.nearness(fresh, 0.5) == 1)
+    assert (tapered[kept.nearness(fresh, 0.5) == 1] == 1).all() and 0.1 < (tapered < 1).float().mean() < 0.6
     assert torch.equal(tapered > 0, kept.nearness(fresh, coverage) > 0)
 
 
-def test_weights_taper_in_a_line():
+def test_weights_taper_in_steps():
     task = TaskStatistics.of(low_rank(400, noise=1.0), 512)
     order = torch.linspace(0, 1, NUM_QUANTILES)
     task.quantiles = 100 * order  # the share of own texts that are nearer is a hundredth of the distance
-    distance = torch.tensor([-1.0, 0.0, 20.0, 20.04, 45.0, 70.0, 80.0, 95.0, 95.1, 100.0, 1e6])
+    distance = torch.tensor([-1.0, 0.0, 20.0, 20.04, 45.0, 70.0, 80.0, 94.9, 95.1, 100.0, 1e6])
     task._own = SimpleNamespace(distance=lambda query: distance)
     query = torch.zeros(len(distance), 48)
-    want = torch.tensor([1, 1, 1, 1 - 0.0004 / 0.75, 2 / 3, 1 / 3, 0.2, 0, 0, 0, 0])
-    torch.testing.assert_close(task.nearness(query, 0.95, 0.2), want, rtol=1e-4, atol=1e-5)
+    assert (16 * task.nearness(query, 0.95, 0.2)).tolist() == [16, 16, 16, 16, 11, 6, 4, 1, 0, 0, 0]
     assert task.nearness(query, 0.95).tolist() == [1] * 8 + [0] * 3
     assert torch.equal(task.nearness(query, 0.95, 0.95), task.nearness(query, 0.95))
     assert torch.equal(task.nearness(query, 0.2, 0.5), task.nearness(query, 0.2))
@@ -303,5 +302,19 @@ def test_queries_outside_all_tasks_use_the_frozen_model():
 def test_impossible_floors(settings):
     with pytest.raises(ValueError, match="min_similarity must be a number"):
         SLMConfig(**settings)
-    with pytest.raises(ValueError, match="taper must be in"):
-        SLMConfig(taper=1.5)
+
+
+@pytest.mark.parametrize("taper", [1.5, -0.1, "none", True])
+def test_impossible_tapers(taper):
+    with pytest.raises(ValueError, match="taper must be a number from 0 to 1, or None"):
+        SLMConfig(taper=taper)
+
+
+def test_floors_that_were_stored_without_a_taper_have_none():
+    for settings in ({"min_similarity": "auto"}, {"min_similarity": 0.5}, {}):
+        for taper in (None, 0.3, 0.5):
+            config = SLMConfig(taper=taper, **settings)
+            assert SLMConfig.from_dict(config.to_dict()) == config
+    stored = SLMConfig(min_similarity="auto", taper=None).to_dict()
+    assert "taper" not in stored and "taper" not in SLMConfig().to_dict()
+    assert SLMConfig.from_dict(stored).taper is None

@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer, TrainingArguments
 from slm_fast import Routing, SLMConfig, get_slm_model
 from slm_fast.continual.tasks import Example
 from slm_fast.linear_probe import linear_probe
-from slm_fast.trainer import TASK_WEIGHTS, Collator, LengthGroupedSampler, SLMTrainer
+from slm_fast.trainer import TASK_WEIGHTS, Collator, LengthGroupedSampler, SLMTrainer, encode_dataset
 
 COLOURS = ["red", "blue", "green"]
 TOPICS = {
@@ -145,26 +145,29 @@ def test_best_checkpoint_is_loaded(model, tmp_path):
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5], ids=["plain", "feature_penalty"])
 def test_checkpointing_and_accumulation_give_the_same_result(model, tmp_path, minilm, penalty):
-    model.slm_config.feature_penalty = penalty
-    results = []
-    for options in (
-        dict(),
-        dict(gradient_checkpointing=True),
-        dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
-    ):
+    def result(penalty, **options):
         base, tokenizer = AutoModel.from_pretrained(minilm), AutoTokenizer.from_pretrained(minilm)
-        base.config.hidden_dropout_prob = 0.0
         for module in base.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        fresh = get_slm_model(base, model.slm_config, tokenizer=tokenizer)
+        config = dataclasses.replace(model.slm_config, feature_penalty=penalty)
+        fresh = get_slm_model(base, config, tokenizer=tokenizer)
+        learn(fresh, "size", tmp_path, max_steps=1, learning_rate=1e-12)  # the head is there then
+        generator = torch.Generator().manual_seed(0)
+        for factors in fresh.pool.factors:  # so that features differ from the frozen model's at once
+            factors.B.copy_(0.1 * torch.randn(factors.B.shape, generator=generator))
         learn(
             fresh, "size", tmp_path, max_steps=3, optim="sgd", learning_rate=0.5, weight_decay=0.0, **options
         )
-        results.append(snapshot(fresh, "size"))
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        return snapshot(fresh, "size")
+
+    def same(a, b):
+        return all(torch.allclose(x, y, rtol=1e-3, atol=1e-4) for x, y in zip(a, b, strict=True))
+
+    want = result(penalty)
+    assert same(want, result(penalty, gradient_checkpointing=True))
+    assert same(want, result(penalty, per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    assert penalty == 0.0 or not same(want, result(0.6 * penalty))
 
 
 def test_columns_and_labels_are_checked(model, tmp_path):
@@ -319,7 +322,11 @@ def test_the_loss_with_a_feature_penalty_is_its_formula(model, tmp_path, items):
     torch.testing.assert_close(got, wanted)
     assert not torch.isclose(got, model(**encoded, **options).loss)
     with pytest.raises(ValueError, match="a task that has a head"):
-        model(**encoded, routing=routing, frozen_features=frozen)
+        model(**encoded, routing=routing, frozen_features=frozen, feature_weight=0.3)
+    with pytest.raises(ValueError, match="go together"):
+        model(**encoded, **options, frozen_features=frozen)
+    with pytest.raises(ValueError, match="frozen_features must be"):
+        model(**encoded, **options, frozen_features=frozen[:1], feature_weight=0.3)
 
 
 def test_a_feature_penalty_is_in_the_first_steps_loss(model, tmp_path):
@@ -347,10 +354,21 @@ def test_what_a_feature_penalty_cannot_go_with(model, tmp_path):
         return {name: value for name, value in plain(rows).items() if name != "frozen_features"}
 
     args = arguments(tmp_path)
-    with pytest.raises(ValueError, match="the data collator left out"):
+    with pytest.raises(ValueError, match="data collator must keep"):
         SLMTrainer(model, args, rows, task="size", max_length=32, data_collator=collator).train()
-    with pytest.raises(ValueError, match="feature_penalty must be finite and not negative"):
-        SLMConfig(feature_penalty=-1.0)
+    for wrong in (-1.0, "0.1", float("nan"), True):
+        with pytest.raises(ValueError, match="feature_penalty must be a number from 0"):
+            SLMConfig(feature_penalty=wrong)
+
+
+def test_rows_that_are_all_the_same_have_no_feature_penalty(model, tmp_path):
+    model.slm_config.feature_penalty = 0.1
+    model.add_task("same", ["a text", "another"], labels=["x", "y"], progress=False)
+    rows = encode_dataset([Example("a text", "x")] * 4, model, model.require_tokenizer(), "same", 32, True)
+    trainer = SLMTrainer(model, arguments(tmp_path, max_steps=2), rows, task="same", max_length=32)
+    trainer.train()
+    assert trainer._feature_weight == 0 and not any("frozen_features" in row for row in rows)
+    assert all(torch.isfinite(p).all() for p in model.pool.head("same").parameters())
 
 
 def test_labels_are_padded_on_the_side_of_the_inputs():

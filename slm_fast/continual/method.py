@@ -22,7 +22,8 @@ from slm_fast.routing import Routing
 from slm_fast.storage import read_index
 from slm_fast.trainer import SLMTrainer, last_checkpoint
 
-# Fields of the engine's config that every method takes over; the rest is how the engine retrieves.
+# Fields of the engine's config that every method takes over; the rest is how the engine retrieves, and its
+# `feature_penalty`.
 SHARED = ("r", "target_modules", "scaling", "entries_per_task", "top_k", "num_groups", "pooling", "backend")
 SHARED += ("layers_to_transform", "head_init", "encoder_name_or_path", "encoder_max_length", *KEY_TRAINING)
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
