@@ -76,8 +76,9 @@ class SLMConfig:
             `choose_query_layers` measures which tell tasks apart; keys are made of them, so that they stay.
         weighting: of a row's picks. "task": a softmax over the tasks among them by each one's best score, in
             equal parts to its entries, so that a row that goes to one task is answered as it was when that
-            task was learnt, to the bit; "softmax", "similarity" or "uniform" over the entries. None is "task"
-            with averaged keys, which differ by noise alone, and "softmax" with others.
+            task was learnt, to the bit (with a `taper`, but for texts at the edge of a step); "softmax",
+            "similarity" or "uniform" over the entries. None is "task" with averaged keys, which differ by
+            noise alone, and "softmax" with others.
         temperature: of the softmax, in units of the score. None lets the metric choose; "auto" (whitened,
             "task") fits it when a task is learnt, on a part of its texts held out against the tasks known;
             what was measured against a task goes with it.
