@@ -101,6 +101,7 @@ def five_tasks() -> str:
             "bert5_joint",
             "joint",
         ),
+        ("the same, heads that start at a probe, as ours do", "bert5_joint_probe", "joint"),
     ]
     rows = []
     for title, protocol, method in methods:
