@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, KERNEL_DTYPES, clustered_embeddings, distinct_rows, tiny_model
 from test_fused_linear import VARIANTS as ALL_VARIANTS
-from test_fused_linear import small_plan
-from test_ops import TINY, Case, assert_close
+from test_fused_linear import Verified, small_plan
+from test_ops import Case, assert_close
 from test_ops_key_search import name_of
 
 from slm_fast import dispatch, ops
@@ -18,7 +18,7 @@ VARIANTS = {name: ALL_VARIANTS[name] for name in ("two_launch", "chain", "tma")}
 POOL = ("A", "B", "start", "rank", "scaling", "indices", "weights", "cu_seqlens")
 
 
-class Segments(Case):
+class Segments(Verified, Case):
     """Inputs of one call; row 1 has no weights, and the rows after the first entry are owned."""
 
     def __init__(self, lengths=(3, 0, 5, 66), in_features=104, out_features=64, bias=True, **options):
@@ -65,19 +65,6 @@ class Segments(Case):
         dx, dA, dB, dweights = torch.autograd.grad(out, (x, A, B, weights), self.dy.to(dtype))
         rows = slice(*self.owned)
         return [out.detach(), dx, torch.where(self.weights == 0, 0.0, dweights.float()), dA[rows], dB[rows]]
-
-    def verify(self, backend="gpu", phases=("forward", "backward")):
-        want = self.oracle()
-        low = min((self.x_dtype, self.factor_dtype), key=lambda d: -TINY[d])
-        same = self.oracle(low) if low != torch.float32 else [None] * len(want)
-        assert set(phases) <= {"forward", "backward"}
-        if "backward" in phases:
-            for g, w, s in zip(self.train(backend), want, same, strict=True):
-                assert_close(g, w, s, low)
-        if "forward" in phases:
-            assert_close(self.forward(backend), want[0], same[0], low)
-            kept = self.forward(backend, x=self.x.clone().requires_grad_())  # with what a backward pass reads
-            assert_close(kept.detach(), want[0], same[0], low)
 
 
 @pytest.fixture(params=VARIANTS)
