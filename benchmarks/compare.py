@@ -13,8 +13,8 @@ A case is worse when that grew by more than the noise that the two runs measured
 quantiles, in other results those of ours and the reference together), and by at least `--least` percent. A
 case, or a contender of ours, that is gone although its section, or its group (GPU ops) or model with its
 settings (other benchmarks), was run again counts as a failure; it is only named where that was not run, or
-the section ran in another mode or on another device. Results of `bench_routing.py`, `bench_layers.py` and
-`bench_continual.py` hold no costs.
+the section ran in another mode or on another device. Results of `bench_routing.py`, `bench_layers.py`,
+`bench_transfer.py` and `bench_continual.py` hold no costs.
 
 Exit status: 0 nothing is worse; 1 something is, or a section of the suite failed that did not before; 2 "no
 case in common"; 3 a file cannot be read, or the files have unlike schemas.

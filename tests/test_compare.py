@@ -21,7 +21,7 @@ def load(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-WITHOUT_COSTS = ("continual", "layers_minilm", "routing_all25", "routing_bert5")
+WITHOUT_COSTS = ("continual", "layers_minilm", "routing_all25", "routing_bert5", "transfer")
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in RESULTS.glob("*.json")))
