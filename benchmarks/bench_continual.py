@@ -31,14 +31,8 @@ PROTOCOLS = {
     "bert5_baselines": ["--benchmark", "bert5", "--max-train", "400", "--max-test", "200"]
     + ["--methods", "slm,oracle,batch,paper,seq,finetune,replay,ewc,olora,per_task,joint"],
     "bert5_probes": ["--benchmark", "bert5", "--min-similarity", "auto", "--set", "feature_penalty=0.1"]
-    + [
-        "--methods",
-        "slm,oracle",
-        "--probes",
-        "clinc150,trec6,boolq,mnli,sst2,banking77,hwu64",
-        "--evaluate",
-        "last",
-    ],
+    + ["--methods", "slm,oracle"]
+    + ["--probes", "clinc150,trec6,boolq,mnli,sst2,banking77,hwu64", "--evaluate", "last"],
     "bert5_batch": ["--benchmark", "bert5", "--methods", "slm,oracle,batch", "--evaluate", "last"],
     "seq15": ["--benchmark", "seq15", "--methods", "slm,oracle", "--evaluate", "last"],
     "seq15_shared": ["--benchmark", "seq15", "--twin-share", "0.3333", "--methods", "slm,oracle"]

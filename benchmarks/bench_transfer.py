@@ -10,7 +10,6 @@ standard deviation.
 
 import argparse
 import random
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import transformers
 from cpu_timing import machine, report
 
 from slm_fast.continual.sources import load_source
-from slm_fast.continual.tables import format_table
+from slm_fast.continual.tables import format_table, percent, spread
 from slm_fast.continual.tasks import Task, score
 from slm_fast.encoder import Encoder
 from slm_fast.loading import load_base
@@ -58,11 +57,6 @@ def learn(
     return before, accuracy(model, task)
 
 
-def spread(values: list[float]) -> str:
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{deviation}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pool", type=Path, required=True, help="folder of a saved pool")
@@ -86,7 +80,7 @@ def main() -> None:
                 )
             before, after = (list(values) for values in zip(*scores, strict=True))
             results.append({"task": name, "start": start, "before": before, "after": after})
-            rows.append([name, start, spread(before), spread(after)])
+            rows.append([name, start, percent(spread(before)), percent(spread(after))])
             print(*rows[-1], flush=True)
     print(format_table((["task", "start", "before, %", f"after {args.epochs:g} epochs, %"], rows)))
     settings = {name: getattr(args, name) for name in ("shots", "draws", "epochs", "max_test")}

@@ -13,9 +13,8 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import stdev
 
-from slm_fast.continual.tables import comparison, mean_over_runs, measured, probe_table
+from slm_fast.continual.tables import comparison, mean_over_runs, measured, percent, probe_table, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -34,10 +33,6 @@ def load(name: str) -> dict:
 def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    return MISSING if share is None else f"{100 * share:.{digits}f}"
 
 
 def milliseconds(value: float) -> str:
@@ -141,12 +136,8 @@ def probes() -> str:
 
 def few_examples() -> str:
     """Accuracy, told the task, learnt from a few texts a class from both starts; with spreads over draws."""
-
-    def cell(values: list[float]) -> str:
-        return percent(mean(values)) + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
-
     rows = [
-        [found["task"], found["start"], cell(found["before"]), cell(found["after"])]
+        [found["task"], found["start"], *(percent(spread(found[when])) for when in ("before", "after"))]
         for found in load("transfer")["results"]
     ]
     header = ["%", "new entries start from", "before the first step", "learnt"]

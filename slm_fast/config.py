@@ -28,11 +28,6 @@ KEY_TRAINING = ("key_learning_rate", "key_epochs", "key_batch_size")
 LATER_FIELDS = (*KEY_TRAINING, "layers_to_transform", "route_in_prefill", "feature_penalty")
 POOLINGS = ("auto", "mean", "first", "last")
 
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 # The linear after attention, which the paper re-parameterises: BERT, LLaMA, T5. The first that matches.
 DEFAULT_TARGETS = ("attention.output.dense", "o_proj", "o")
 
@@ -291,3 +286,7 @@ class SLMConfig:
         if not isinstance(content, dict) or "config" not in content:
             raise OSError(f'{path} has no "config" section')
         return cls.from_dict(content["config"])
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -571,7 +571,7 @@ class KnowledgePool(nn.Module):
             free = [task is None for task in ([None] * len(query) if tasks is None else tasks)]
             free = torch.tensor(free, dtype=torch.bool, device=query.device)
             if calibrated:
-                share = torch.where(free, self._nearness(query, routing).to(query.device), 1.0)
+                share = self._nearness(query, routing, free).to(query.device)
                 routing = routing._replace(weights=routing.weights * share[:, None])
             if config.twin_share:
                 routing = share_with_twins(self, query, routing, free)
@@ -620,10 +620,11 @@ class KnowledgePool(nn.Module):
         kept = (routing.weights != 0).any(-1, keepdim=True)  # not below the floor
         return routing._replace(weights=torch.where(kept, weights, 0.0))
 
-    def _nearness(self, query: Tensor, routing: Routing) -> Tensor:
-        """[B] fp32: how much of its weights a query keeps, by how near the task of its best entry is."""
+    def _nearness(self, query: Tensor, routing: Routing, free: Tensor) -> Tensor:
+        """[B] fp32: how much of its weights a query keeps, by how near the task of its best entry is; all of
+        them where the row is not `free`."""
         nearness = torch.ones(query.shape[0])
-        for name, members in self.rows_by_task(routing):
+        for name, members in self.rows_by_task(routing, free):
             if module_key(name) in self.metric.tasks:
                 statistics, rows = self.metric.tasks[module_key(name)], query[members.to(query.device)]
                 nearness[members.cpu()] = statistics.nearness(rows, self.config.coverage, self.config.taper)

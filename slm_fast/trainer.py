@@ -114,15 +114,10 @@ class SLMTrainer(Trainer):
                 state = TrainerState.load_from_json(_state_of(resume_from_checkpoint))
                 if self._was_over(state):
                     return self._take_finished(resume_from_checkpoint, state)
-            try:
-                if self._feature_penalty:
-                    self._keep_frozen_features()
+            with self._frozen_features():
                 if not resume_from_checkpoint:
                     self._start_heads()
                 return super().train(resume_from_checkpoint, *args, **kwargs)
-            finally:
-                for row in self.train_dataset if self._feature_penalty else ():
-                    row.pop("frozen_features", None)
 
     def _was_over(self, state: TrainerState) -> bool:
         """Whether training had ended at a checkpoint with this state. Early stopping gets its counts back:
@@ -154,19 +149,27 @@ class SLMTrainer(Trainer):
         with self.model.training_task(self.task):
             yield
 
-    @torch.no_grad()
-    def _keep_frozen_features(self) -> None:
-        """Give every training row the features that the frozen model gives it, and find the penalty's weight:
-        1 over their variance, 0 where they are all the same."""
+    @contextmanager
+    def _frozen_features(self) -> Iterator[None]:
+        """Inside, with a feature penalty, every training row has the features that the frozen model gives it,
+        and the penalty its weight: 1 over their variance, 0 where they are all the same."""
+        if not self._feature_penalty:
+            yield
+            return
         rows = by_length(self.train_dataset)
         frozen = self.model.pool.fixed_routing(["__base__"])
-        with evaluating(self.model):
+        with evaluating(self.model), torch.no_grad():
             features, _ = self._features([row | {"routing": frozen} for row in rows], "frozen features")
-        for row, feature in zip(rows, features, strict=True):
-            row["frozen_features"] = feature
         variance = float(features.var(0, correction=0).sum())
         differ = variance > 1e-6 * float(features.square().sum(1).mean())
         self._feature_weight = self._feature_penalty / variance if differ else 0.0
+        for row, feature in zip(rows, features, strict=True):
+            row["frozen_features"] = feature
+        try:
+            yield
+        finally:
+            for row in rows:
+                row.pop("frozen_features", None)
 
     @torch.no_grad()
     def _start_heads(self) -> None:
@@ -193,7 +196,7 @@ class SLMTrainer(Trainer):
                     labels = torch.tensor([row["labels"] for row in rows])
                 else:
                     with evaluating(self.model):
-                        features, labels = self._features(rows, "head")
+                        features, labels = self._features(by_length(rows), "head")
                 device = head.weight.device
                 weight, bias = linear_probe(features.to(device), labels.to(device), head.out_features)
                 head.weight.copy_(weight)
@@ -207,9 +210,7 @@ class SLMTrainer(Trainer):
         return math.ceil(args.num_train_epochs * len(self.train_dataset))
 
     def _features(self, rows: list[dict], title: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a head reads of encoded rows of a task, [N, H] fp32, and their labels [N], by length; on the
-        CPU."""
-        rows = by_length(rows)
+        """What a head reads of encoded rows of a task, [N, H] fp32, and their labels [N]; on the CPU."""
         features, labels = [], []
         size = self.args.per_device_eval_batch_size
         for begin in tqdm(range(0, len(rows), size), title, leave=False, disable=self.args.disable_tqdm):

@@ -104,11 +104,12 @@ def mean_over_runs(runs: list[dict]) -> dict[str, dict]:
     for of_method in out.values():
         for field, values in of_method.items():
             if field != "label":
-                of_method[field] = _spread(values)
+                of_method[field] = spread(values)
     return out
 
 
-def _spread(values: list[float]) -> dict:
+def spread(values: list[float]) -> dict:
+    """Repeated values, as cells take them: their mean, the sample's deviation (None of one), their number."""
     centre = sum(values) / len(values)
     squares = sum((value - centre) ** 2 for value in values)
     std = math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None
