@@ -28,7 +28,7 @@ SEARCH, ADD, UPDATE, MIXTURE = "key search", "adding a task", "mixture, decoding
 BACKWARD, DECODE, PREFILL = "mixture, forward and backward", "decoding step", "prefill"
 TRAINING, LAYER, LAYER_STEP = "training step", "linear with mixture", "linear, forward and backward"
 # Multiply-adds: that are worth a thread, and below which one thread does it (csrc/cpu).
-SEARCH_THREAD, SERIAL_UPDATE = 150_000, 300_000
+SEARCH_THREAD, SERIAL_UPDATE = 150_000, 120_000
 FEATURES, ENTRIES_OF_FLAT = 576, dict(rank=8, top_k=2)  # of linears, and of "flat" cases (suite/mixture.py)
 CONTEXT = 16 + 4  # tokens before a decoder's timed steps: the prompt and what is not timed (bench_decode.py)
 
@@ -145,7 +145,8 @@ def mixture_parts(record: dict, speed: Speed, slower: dict) -> Iterator[Part]:
         work = speed.work(record["operations"]), speed.moved(record["bytes"])
         yield Part(MIXTURE, ours, (speed.call, *work))
     elif kind == "step":
-        yield Part(BACKWARD, ours, (speed.call, speed.work(record["operations"])))
+        work = speed.work(record["operations"]), speed.moved(record["bytes"])
+        yield Part(BACKWARD, ours, (speed.call, *work))
     elif kind in ("layer", "layer step"):
         sizes = axes["rows"], axes["length"], axes["rank"], axes["top_k"]
         phase, features = (LAYER, layer_features) if kind == "layer" else (LAYER_STEP, layer_step_features)

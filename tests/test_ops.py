@@ -303,6 +303,24 @@ def test_mixture_does_not_depend_on_the_batch(dtypes):
 
 
 @needs_cpu
+@pytest.mark.parametrize("sizes", [(101, 203), (96, 24), (24, 96)])
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=name_of)
+def test_rows_that_decode_do_not_depend_on_the_batch(dtypes, sizes):
+    """Rows of one token, which ask for factors of rows after them: fewer of them, more, or none."""
+    options = dict(ranks=(2, 12, 3, 0, 9), top_k=3, x_dtype=dtypes[0], factor_dtype=dtypes[1])
+    case = Case((1,) * 9, in_features=sizes[0], out_features=sizes[1], **options)
+    case.verify("cpu")
+    out = case.forward("cpu")
+    assert torch.equal(out[1], case.y[1])  # no weights
+    for row in range(9):
+        assert torch.equal(run_alone(case, row)[0], out[row : row + 1])
+    longer = Case((2,) * 9, in_features=sizes[0], out_features=sizes[1], **options)
+    longer.__dict__ |= {n: v for n, v in vars(case).items() if n not in ("bounds", "cu_seqlens", "x", "y")}
+    longer.x, longer.y = (t.repeat_interleave(2, 0) for t in (case.x, case.y))
+    assert torch.equal(longer.forward("cpu"), out.repeat_interleave(2, 0))
+
+
+@needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_mixture_does_not_depend_on_threads(dtype):
     case = Case(
@@ -328,6 +346,10 @@ def isa_check(isa):
         case.verify("cpu")
         row, _ = run_alone(case, 2)
         assert torch.equal(row, case.forward("cpu")[case.bounds[2] :])
+        decoding = Case((1,) * 8, (2, 12, 48), 3, x_dtype=x_dtype, factor_dtype=factor_dtype)
+        decoding.verify("cpu")
+        alone = [run_alone(decoding, b)[0] for b in range(8)]
+        assert torch.equal(torch.cat(alone), decoding.forward("cpu"))
     case = Case((1, 0, 1000), (2, 12, 48), 3)
     results = []
     for threads in (1, 2):

@@ -73,6 +73,13 @@ constexpr int64_t kMostPicks = 64;
 // Of a query and of a key with a bound: their products neither overflow nor lose subnormals.
 constexpr float kLeastNorm = 0x1p-30f, kMostNorm = 0x1p50f;
 
+// Rows of a slab that are read next: row i is `bytes` long, at rows[i] * bytes.
+struct SlabRows {
+  const char* slab;
+  const int64_t* rows;
+  int64_t num, bytes;
+};
+
 struct Kernels {
   // out[t * out_stride + cols[j]] = <x[t], f[rows[j]]> over `dim`; x and f are contiguous rows of `dim`.
   // scratch: (4 + num_j) * dim floats, rounded up to 64 bytes each row of `pad(dim)`.
@@ -88,6 +95,16 @@ struct Kernels {
   // n.
   void (*axpy)(const float* s, int64_t sm, int64_t sn, int64_t num_m, int64_t num_n, const float* f, void* y,
                int y_dtype, int64_t y_stride, int64_t width, int add);
+
+  // `dot` of one token, to the same bits, which asks for the rows of `next` on the way. scratch: pad(dim).
+  void (*dot_one)(const void* x, int x_dtype, const void* f, int f_dtype, const int64_t* rows,
+                  const int64_t* cols, int64_t num_j, int64_t dim, const SlabRows& next, float* out,
+                  float* scratch);
+
+  // y[begin:end] = (add ? y[begin:end] : 0) + sum_n s[n] f[rows[n]][begin:end], to the bits of `axpy`.
+  void (*axpy_one)(const float* s, int64_t num_n, const void* f, int f_dtype, const int64_t* rows,
+                   int64_t dim, int64_t begin, int64_t end, const SlabRows& next, void* y, int y_dtype,
+                   int add);
 
   // Merge the keys begin:end, in order, into the running top-k lists (scores [num_q, k] sorted, indices
   // [num_q, k]).

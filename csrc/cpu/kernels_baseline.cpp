@@ -7,6 +7,8 @@
 
 #include "kernels.inc"
 
+#include "one_token.inc"
+
 #include "search.inc"
 
 #include "code_search.inc"

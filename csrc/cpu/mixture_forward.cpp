@@ -1,5 +1,6 @@
 // y[t] += sum_j coef_j u[t, j] B_j with u[t, j] = <x[t], A_j>. Reads x and each picked factor once per 64
-// tokens of a row, reads and writes y once: R * (in + out) multiply-adds a token.
+// tokens of a row, reads and writes y once: R * (in + out) multiply-adds a token. Rows that decode read
+// factors once, from memory, and ask for what they read next.
 #include <algorithm>
 
 #include "mixture_plan.h"
@@ -18,6 +19,28 @@ void zero_unused(const Mixture& op, const Task& task, int64_t columns, float* u)
   }
 }
 
+// Both products of a task. Of one token, A's rows are read while B's are on their way, and B's while those of
+// A are that `after` needs.
+void whole_task(const Mixture& op, const Task& task, const Task* after, const void* x, int64_t columns,
+                float* u, bool keep_u, void* y) {
+  thread_local RowPlan plan, next;
+  const int64_t stride = columns * op.top_k;
+  plan.build(op, task.row, columns);
+  if (keep_u) zero_unused(op, task, columns, u);
+  if (plan.size() == 0) return;
+  if (task.end - task.begin > 1) {
+    rank_space(op, x, op.A, op.in_features, task, plan, 0, plan.size(), u, stride);
+    expand(op, u, stride, op.B, op.out_features, task, plan, 0, op.out_features, y, true);
+    return;
+  }
+  next.rows.clear();
+  if (after) next.build(op, after->row, columns);
+  const DType factors = op.factor_dtype;
+  rank_space_one(op, x, op.A, op.in_features, task, plan, plan.of(op.B, op.out_features, factors), u, stride);
+  expand_one(op, u, stride, op.B, op.out_features, task, plan, 0, op.out_features,
+             next.of(op.A, op.in_features, factors), y, true);
+}
+
 }  // namespace
 
 void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int num_threads) {
@@ -33,7 +56,16 @@ void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int nu
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   const int threads = worthwhile_threads(op, num_threads);
 
+  const int64_t blocks = (op.out_features + kBlock - 1) / kBlock;
   const int64_t rank_parts = parts_per_task(num_tasks, threads, (stride + 3) / 4);
+  const int64_t column_parts = parts_per_task(num_tasks, threads, blocks);
+  if (rank_parts == 1 && column_parts == 1) {
+    parallel_for(num_tasks, threads, [&](int64_t i) {
+      whole_task(op, tasks[i], i + 1 < num_tasks ? &tasks[i + 1] : nullptr, x, columns, u, keep_u, y);
+    });
+    return;
+  }
+
   parallel_for(num_tasks * rank_parts, threads, [&](int64_t chunk) {
     const Task& task = tasks[chunk / rank_parts];
     const int64_t part = chunk % rank_parts;
@@ -46,8 +78,6 @@ void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int nu
     if (begin < end) rank_space(op, x, op.A, op.in_features, task, plan, begin, end, u, stride);
   });
 
-  const int64_t blocks = (op.out_features + kBlock - 1) / kBlock;
-  const int64_t column_parts = parts_per_task(num_tasks, threads, blocks);
   parallel_for(num_tasks * column_parts, threads, [&](int64_t chunk) {
     const Task& task = tasks[chunk / column_parts];
     const int64_t part = chunk % column_parts;

@@ -7,9 +7,9 @@
 namespace slm {
 namespace {
 
-// Below this many multiply-adds one thread is done sooner: 32 rows of 576 x 576, K=2, r=8 (590,000) take 78
-// us on one thread and 43 us on two.
-constexpr int64_t kSerialWork = 300000;
+// Below this many multiply-adds one thread is done sooner: 6 rows of 576 x 576, K=2, r=8 (110,000), with
+// factors that come from memory, take as long on one as on two, 16 take 142 us and 90 us.
+constexpr int64_t kSerialWork = 120000;
 // Factor rows read again for every four tokens stay in half an L2 cache of 1 MiB.
 constexpr int64_t kResidentFloats = 128 * 1024;
 
@@ -108,6 +108,7 @@ void rank_space(const Mixture& op, const void* x, const void* slab, int64_t dim,
 void expand(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
             const Task& task, const RowPlan& plan, int64_t begin, int64_t end, void* y, bool add) {
   const int64_t num_t = task.end - task.begin, num_j = plan.size();
+  if (num_t == 1) return expand_one(op, s, s_stride, slab, dim, task, plan, begin, end, {}, y, add);
   float* const weighted = scratch(0, num_t * num_j + num_j * kBlock);
   float* const panel = weighted + num_t * num_j;
   for (int64_t t = 0; t < num_t; ++t)
@@ -120,6 +121,24 @@ void expand(const Mixture& op, const float* s, int64_t s_stride, const void* sla
                    const_cast<char*>(offset(y, task.begin * dim + c, op.x_dtype)),
                    static_cast<int>(op.x_dtype), dim, width, add);
   }
+}
+
+void rank_space_one(const Mixture& op, const void* x, const void* slab, int64_t dim, const Task& task,
+                    const RowPlan& plan, const SlabRows& next, float* out, int64_t out_stride) {
+  kernels().dot_one(offset(x, task.begin * dim, op.x_dtype), static_cast<int>(op.x_dtype), slab,
+                    static_cast<int>(op.factor_dtype), plan.rows.data(), plan.cols.data(), plan.size(), dim,
+                    next, out + task.begin * out_stride, scratch(0, padded(dim)));
+}
+
+void expand_one(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
+                const Task& task, const RowPlan& plan, int64_t begin, int64_t end, const SlabRows& next,
+                void* y, bool add) {
+  const int64_t num_j = plan.size();
+  float* const weighted = scratch(0, num_j);
+  for (int64_t j = 0; j < num_j; ++j) weighted[j] = plan.coef[j] * s[task.begin * s_stride + plan.cols[j]];
+  kernels().axpy_one(weighted, num_j, slab, static_cast<int>(op.factor_dtype), plan.rows.data(), dim, begin,
+                     end, next, const_cast<char*>(offset(y, task.begin * dim, op.x_dtype)),
+                     static_cast<int>(op.x_dtype), add);
 }
 
 float* scratch(int slot, int64_t size) {

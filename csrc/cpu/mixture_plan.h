@@ -16,6 +16,10 @@ struct RowPlan {
 
   void build(const Mixture& op, int64_t row, int64_t columns);
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
+  // Its rows of A or B.
+  SlabRows of(const void* slab, int64_t dim, DType dtype) const {
+    return {static_cast<const char*>(slab), rows.data(), size(), dim * size_of(dtype)};
+  }
 };
 
 // Up to kTokens tokens of one row.
@@ -41,6 +45,13 @@ void rank_space(const Mixture& op, const void* x, const void* slab, int64_t dim,
 // y[t] (+)= sum_j coef_j * s[t, col_j] * slab[row_j], for the tokens of a task and the columns begin:end.
 void expand(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
             const Task& task, const RowPlan& plan, int64_t begin, int64_t end, void* y, bool add);
+
+// The same for a task of one token; while these factors are read, the rows of `next` are asked for.
+void rank_space_one(const Mixture& op, const void* x, const void* slab, int64_t dim, const Task& task,
+                    const RowPlan& plan, const SlabRows& next, float* out, int64_t out_stride);
+void expand_one(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
+                const Task& task, const RowPlan& plan, int64_t begin, int64_t end, const SlabRows& next,
+                void* y, bool add);
 
 // A buffer of the calling thread, valid until its next call with the same slot; contents are undefined.
 float* scratch(int slot, int64_t size);
