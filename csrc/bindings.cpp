@@ -10,8 +10,10 @@
 #include "cpu/linear_group.h"
 #include "cpu/parallel.h"
 #include "cuda_source.h"
+#include "mixture_tensors.h"
 #include "ops.h"
 #include "search_tensors.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using slm::DType;
@@ -213,6 +215,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("search_tensors", &slm::search_tensors, arg("query"), arg("keys"), arg("bias"), arg("mask"),
         arg("shift"), arg("codes"), arg("top_k"), arg("weighting"), arg("temperature"),
         arg("min_similarity"));
+  m.def("mixture_tensors", &slm::mixture_tensors, arg("y"), arg("x"), arg("A"), arg("B"), arg("start"),
+        arg("rank"), arg("scaling"), arg("indices"), arg("weights"), arg("cu_seqlens"));
   m.def("key_codes", &key_codes, NoGil(), arg("keys"), arg("key_dtype"), arg("num_keys"), arg("dim"),
         arg("rows"), arg("num_rows"), arg("codes"), arg("bounds"), arg("num_threads"));
   def_cuda_key_search(m, &cuda_key_search);

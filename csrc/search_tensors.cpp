@@ -1,8 +1,6 @@
 #include "search_tensors.h"
 
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -14,30 +12,17 @@ namespace py = pybind11;
 namespace slm {
 namespace {
 
-// Kept for ever: they outlive the interpreter's last call.
-struct Torch {
-  PyTypeObject* tensor = nullptr;
-  const DLPackExchangeAPI* api = nullptr;
-  PyObject* num_threads = nullptr;
-  PyObject *codes, *bounds, *num_keys, *dim;  // names
-} torch;
+// Of KeyCodes.
+struct Names {
+  PyObject* codes = PyUnicode_InternFromString("codes");
+  PyObject* bounds = PyUnicode_InternFromString("bounds");
+  PyObject* num_keys = PyUnicode_InternFromString("num_keys");
+  PyObject* dim = PyUnicode_InternFromString("dim");
+};
 
-// A contiguous tensor on the CPU; bits 0: of any type.
-bool borrow(PyObject* object, uint8_t code, uint8_t bits, int ndim, DLTensor& out) {
-  if (Py_TYPE(object) != torch.tensor) return false;
-  if (torch.api->borrow(object, &out) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  if (out.device_type != 1 || out.ndim != ndim || out.lanes != 1) return false;
-  if (bits && (out.code != code || out.bits != bits)) return false;
-  int64_t size = 1;
-  for (int i = ndim - 1; i >= 0; --i) {
-    if (out.shape[i] != 1 && out.strides[i] != size) return false;
-    size *= out.shape[i];
-  }
-  out.data = static_cast<char*>(out.data) + out.byte_offset;
-  return true;
+const Names& names() {
+  static const Names names;
+  return names;
 }
 
 bool integer(PyObject* object, int64_t& out) {
@@ -55,10 +40,10 @@ bool attribute_is(PyObject* object, PyObject* name, int64_t wanted) {
 }
 
 bool borrow_codes(PyObject* object, KeySearch& op) {
-  if (!attribute_is(object, torch.num_keys, op.num_keys) || !attribute_is(object, torch.dim, op.dim))
+  if (!attribute_is(object, names().num_keys, op.num_keys) || !attribute_is(object, names().dim, op.dim))
     return false;
-  const auto codes = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, torch.codes));
-  const auto bounds = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, torch.bounds));
+  const auto codes = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, names().codes));
+  const auto bounds = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, names().bounds));
   DLTensor c, b;
   if (!codes || !bounds) {
     PyErr_Clear();
@@ -127,50 +112,15 @@ bool number(PyObject* object, float& out) {
   return true;
 }
 
-void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
-
-py::object empty(uint8_t code, int64_t rows, int64_t columns, void** data) {
-  int64_t shape[2] = {rows, columns};
-  DLTensor prototype{nullptr, 1, 0, 2, code, 32, 1, shape, nullptr, 0};
-  DLManagedTensorVersioned* made = nullptr;
-  void* object = nullptr;
-  if (torch.api->allocate(&prototype, &made, nullptr, set_error) != 0) throw py::error_already_set();
-  *data = made->tensor.data;
-  if (torch.api->object_from_managed(made, &object) != 0) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
-}
-
 }  // namespace
-
-bool use_tensors(py::handle type, py::handle num_threads) {
-  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return false;
-  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
-  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
-  const auto api =
-      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api->version.major != 1 || !api->borrow) return false;
-  torch = {reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()),
-           api,
-           num_threads.inc_ref().ptr(),
-           PyUnicode_InternFromString("codes"),
-           PyUnicode_InternFromString("bounds"),
-           PyUnicode_InternFromString("num_keys"),
-           PyUnicode_InternFromString("dim")};
-  return true;
-}
 
 py::object search_tensors(py::handle query, py::handle keys, py::handle bias, py::handle mask,
                           py::handle shift, py::handle codes, py::handle top_k, py::handle weighting,
                           py::handle temperature, py::handle min_similarity) {
   KeySearch op{};
   DLTensor q, k;
-  if (!torch.api || !borrow(query.ptr(), kFloat, 32, 2, q) || !borrow(keys.ptr(), kFloat, 0, 2, k))
-    return py::none();
-  if (k.bits == 32 && k.code == kFloat)
-    op.key_dtype = DType::f32;
-  else if (k.bits == 16 && (k.code == kFloat || k.code == kBfloat))
-    op.key_dtype = k.code == kBfloat ? DType::bf16 : DType::f16;
-  else
+  if (!borrow(query.ptr(), kFloat, 32, 2, q) || !borrow(keys.ptr(), k) || k.ndim != 2 ||
+      !float_type(k, op.key_dtype))
     return py::none();
   op.query = static_cast<const float*>(q.data);
   op.keys = k.data;
@@ -185,9 +135,7 @@ py::object search_tensors(py::handle query, py::handle keys, py::handle bias, py
   if (!min_similarity.is_none() && !number(min_similarity.ptr(), op.min_similarity)) return py::none();
   if (!borrow_bias(bias.ptr(), op) || !borrow_mask(mask.ptr(), op)) return py::none();
   if (!codes.is_none() && !borrow_codes(codes.ptr(), op)) return py::none();
-  const char* const backend = std::getenv("SLM_FAST_BACKEND");
-  if (backend && *backend && std::strcmp(backend, "cpu") != 0 && std::strcmp(backend, "auto") != 0)
-    return py::none();
+  if (other_backend()) return py::none();
   std::vector<float> moved;
   if (!move_queries(shift.ptr(), op, moved)) return py::none();
 
@@ -198,10 +146,10 @@ py::object search_tensors(py::handle query, py::handle keys, py::handle bias, py
   op.indices = static_cast<int32_t*>(indices);
   op.weights = static_cast<float*>(weights);
   op.scores = static_cast<float*>(scores);
-  const int num_threads = searches_alone(op) ? 1 : py::cast<int>(py::handle(torch.num_threads)());
+  const int threads = searches_alone(op) ? 1 : num_threads();
   {
     const py::gil_scoped_release no_gil;
-    key_search(op, num_threads);
+    key_search(op, threads);
   }
   PyObject* const found = PyTuple_New(3);
   for (int i = 0; i < 3; ++i) PyTuple_SET_ITEM(found, i, made[i].release().ptr());

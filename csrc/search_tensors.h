@@ -4,10 +4,6 @@
 
 namespace slm {
 
-// What search_tensors needs of torch: the type, with its DLPack table, and torch.get_num_threads. False where
-// this torch has no such table.
-bool use_tensors(pybind11::handle type, pybind11::handle num_threads);
-
 // ops.key_search of plain tensors on the CPU, bias, mask, shift and codes or None; None for anything else,
 // and for whatever ops.key_search would refuse. The same steps in Python take longer than a search of a
 // thousand keys: 12 us.

@@ -2,7 +2,11 @@
 // headers. Declared here is the ABI of dlpack.h, under short names.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <cstdint>
+
+#include "ops.h"
 
 namespace slm {
 
@@ -41,5 +45,21 @@ struct DLPackExchangeAPI {
   int (*borrow)(void* object, DLTensor* out);                                // may be null
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
 };
+
+// What the rest needs of torch: the type, with its DLPack table, and torch.get_num_threads. False where this
+// torch has no such table; nothing can be borrowed then.
+bool use_tensors(pybind11::handle type, pybind11::handle num_threads);
+
+// A contiguous tensor on the CPU, of torch's own class; with code, bits and ndim only of those.
+bool borrow(PyObject* object, DLTensor& out);
+bool borrow(PyObject* object, uint8_t code, uint8_t bits, int ndim, DLTensor& out);
+bool float_type(const DLTensor& tensor, DType& out);
+
+// A new tensor of a 32-bit type.
+pybind11::object empty(uint8_t code, int64_t rows, int64_t columns, void** data);
+
+// Whether SLM_FAST_BACKEND asks for another backend than the CPU's.
+bool other_backend();
+int num_threads();
 
 }  // namespace slm

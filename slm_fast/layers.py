@@ -41,9 +41,12 @@ class Operands(NamedTuple):
 
     def slabs(self, linear: "MixtureLinear") -> tuple[Tensor, Tensor]:
         """A and B of a linear."""
-        factors = self.pool.factors[linear.index]
-        rows = slice(self.pool.num_rows if self.max_rank is None else None)
-        return factors.A[rows], factors.B[rows]
+        own, pool, _ = linear._shared
+        factors = own if self.pool is pool else self.pool.factors[linear.index]
+        if self.max_rank is not None:
+            return factors.A, factors.B
+        rows = self.pool.num_rows
+        return factors.A[:rows], factors.B[:rows]
 
 
 class RoutingState:
@@ -196,20 +199,20 @@ class MixtureLinear(nn.Module):
 
     def forward(self, x: Tensor, u: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """y, plus `residual` if given.  u: made with x by `ops.silu_mul_shrink`, for the same operands."""
-        factors, pool, state = self._shared
+        (factors, pool, state), base_layer = self._shared, self.base_layer
         if state.routing is None:
-            return self.base_layer(x) if residual is None else residual + self.base_layer(x)
+            return base_layer(x) if residual is None else residual + base_layer(x)
         flat = x.reshape(-1, x.shape[-1])
-        mixed = state.operands(pool, flat, x.shape[0], self.out_features, self._plain(flat, pool))
+        mixed = state.operands(pool, flat, x.shape[0], base_layer.out_features, self._plain(flat, pool))
         A, B = mixed.slabs(self)
         settings = {"u": u, "backend": mixed.pool.backend}
-        if state.lease is None:
+        if state.lease is None and torch.is_grad_enabled():
             settings |= {"A_owned": factors.A_owned, "B_owned": factors.B_owned, "owned": factors.owned}
         if mixed.max_rank is not None:
             settings["max_rank"] = mixed.max_rank
         residual = None if residual is None else residual.reshape(len(flat), -1)
         if mixed.op == "mixture":
-            y = self.base_layer(flat)
+            y = base_layer(flat)
             y = y if residual is None else residual + y
             flat = flat if flat.dtype == y.dtype else flat.to(y.dtype)
             y = ops.mixture(y, flat, A, B, *mixed.routing, **settings)

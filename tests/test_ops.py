@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -447,6 +448,70 @@ def test_mixture_rejects_tokens_that_cannot_be_shared():
     case.indices, case.weights = case.indices.repeat(2, 1), case.weights.repeat(2, 1)
     with pytest.raises(ValueError, match="5 tokens"):
         case.forward(None)
+
+
+def plain_mixture(case, **changed):
+    """Whether the extension takes the tensors as they are, and y after it."""
+    y = changed.pop("y", case.y.clone())
+    names = ("x", "A", "B", "start", "rank", "scaling", "indices", "weights", "cu_seqlens")
+    return dispatch.mixture_tensors(y, *(changed.get(n, getattr(case, n)) for n in names)), y
+
+
+@needs_cpu
+@pytest.mark.skipif(dispatch.mixture_tensors is None, reason="this torch has no DLPack table")
+def test_what_goes_straight_to_the_extension(monkeypatch):
+    for x_dtype, factor_dtype in itertools.product(DTYPES, DTYPES):
+        for lengths in ((3, 0, 5, 66), (1,) * 4):
+            case = Case(lengths, x_dtype=x_dtype, factor_dtype=factor_dtype)
+            took, y = plain_mixture(case)
+            assert took and torch.equal(y, case.train("cpu")[0]) and not torch.equal(y, case.y)
+    case = Case((2,) * 4)
+    leading = [t.unflatten(0, (4, 2)) for t in (case.x, case.y.clone())]
+    took, y = plain_mixture(case, x=leading[0], y=leading[1])
+    assert took and torch.equal(y.flatten(0, 1), case.train("cpu")[0])
+    none = plain_mixture(Case((0,) * 4))
+    assert none[0] and none[1].shape == (0, 63)
+    wrong = [
+        {"x": case.x.T.contiguous().T},
+        {"x": case.x.double()},
+        {"x": case.x.half()},
+        {"x": case.x[0]},
+        {"x": case.x[:7]},
+        {"x": case.x[:, :99].contiguous()},
+        {"x": torch.nn.Parameter(case.x)},
+        {"x": case.x.to("meta")},
+        {"x": None},
+        {"y": case.y[:, None].clone()},
+        {"y": case.y[:, :62].contiguous()},
+        {"A": case.A.half()},
+        {"A": case.A[:31]},
+        {"B": case.B.T.contiguous().T},
+        {"start": case.start.long()},
+        {"start": case.start[:3]},
+        {"rank": case.rank[:3]},
+        {"scaling": case.scaling.half()},
+        {"indices": case.indices.long()},
+        {"indices": case.indices[:3], "weights": case.weights[:3]},
+        {"weights": case.weights[:, :1].contiguous()},
+        {"weights": case.weights.half()},
+        {"cu_seqlens": torch.tensor([0, 2, 8], dtype=torch.int32)},
+        {"cu_seqlens": torch.tensor([0, 2, 4, 6, 8])},
+    ]
+    for changed in wrong:
+        before = changed["y"].clone() if "y" in changed else case.y
+        took, y = plain_mixture(case, **changed)
+        assert took is False and torch.equal(y, before), changed
+    with pytest.raises(ValueError, match=r"indices must lie in 0\.\.3"):
+        plain_mixture(case, indices=case.indices + 4, weights=torch.ones_like(case.weights))
+    monkeypatch.setenv("SLM_FAST_BACKEND", "reference")
+    assert not plain_mixture(case)[0]
+    monkeypatch.setenv("SLM_FAST_BACKEND", "cpu")
+    asked = []
+    monkeypatch.setattr(dispatch, "mixture_tensors", lambda *tensors: asked.append(tensors) or False)
+    assert torch.equal(case.forward("cpu"), case.train("cpu")[0])
+    assert len(asked) == 1  # by the former: the latter needs gradients
+    case.forward("reference")
+    assert len(asked) == 1
 
 
 @needs_cpu
