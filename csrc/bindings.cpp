@@ -1,5 +1,5 @@
 // pybind11 module slm_fast._C: pointers and sizes as Python ints, no torch headers. Arguments are checked in
-// ops.py.
+// ops.py, but for those of *_tensors.cpp, which are tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -26,8 +26,8 @@ except ImportError as error:
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WEIGHTING_CODES = {"similarity": 0, "softmax": 1, "uniform": 2}
 _getenv = os.environ.get if _C is None else _C.getenv  # a microsecond, or a quarter, where nothing is set
-# `ops.key_search`, and `ops.mixture` without gradients, of plain tensors in one call. For others, and where
-# the ops would refuse, the former gives None and the latter False. None where torch has no DLPack table.
+# `ops.key_search`, and `ops.mixture` without gradients, of plain tensors in one call. For other classes,
+# layouts, types and shapes the former gives None, the latter False. None where torch has no DLPack table.
 search_tensors = mixture_tensors = None
 if _C is not None and _C.use_tensors(Tensor, torch.get_num_threads):
     search_tensors, mixture_tensors = _C.search_tensors, _C.mixture_tensors

@@ -200,8 +200,9 @@ def mixture(
 
         y[t] += sum_k weights[b, k] * scaling[i] * B[i]^T (A[i] x[t]),   i = indices[b, k], b = row of token t
 
-    A row whose weights are all 0 keeps the bits of `y`. Gradients flow to y, x, weights (0 for a weight that
-    is 0) and to `A_owned`, `B_owned`: the parameters that are views of the rows owned[0]:owned[1] of A and B.
+    A row whose weights are all 0 keeps the bits of `y`. x and y share no memory, or are the same tensor.
+    Gradients flow to y, x, weights (0 for a weight that is 0) and to `A_owned`, `B_owned`: the parameters
+    that are views of the rows owned[0]:owned[1] of A and B.
 
     Args: y: [..., out_features], x: [..., in_features], one dtype, fp32/bf16/fp16.
     A: [total_rank, in_features], B: [total_rank, out_features], one dtype, any of the three.
@@ -219,7 +220,7 @@ def mixture(
     if plain and _at_once(backend, y, x, weights):
         routing = (start, rank, scaling, indices, weights, cu_seqlens)
         if dispatch.mixture_tensors(y, x, A, B, *routing):
-            return y  # what it refuses is refused, or added, below
+            return y  # what it does not take is refused, or added, below
     _check_mixture(y, x, A, B, start, rank, scaling, indices, weights, cu_seqlens, A_owned, B_owned, owned)
     max_rank = _largest(rank, max_rank)
     if u is not None:

@@ -73,9 +73,16 @@ def test_isa_that_cannot_run_is_an_error(monkeypatch, name):
     if name in _C.isa_supported():
         pytest.skip("supported here")
     monkeypatch.setenv("SLM_FAST_ISA", name)
-    code = "import torch; from slm_fast import dispatch; dispatch.select(torch.empty(1))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode != 0 and "ValueError: SLM_FAST_ISA" in result.stderr
+    start = "import torch; from slm_fast import dispatch, ops; torch.set_num_threads(2); "
+    slabs = "*torch.zeros(2, 8, 576), torch.zeros(1).int(), torch.tensor([8]).int(), torch.ones(1)"
+    routing = "torch.zeros(32, 1).int(), torch.ones(32, 1)"
+    for code in (
+        "dispatch.select(torch.empty(1))",
+        f"ops.mixture(*torch.zeros(2, 32, 576), {slabs}, {routing})",  # enough for two threads, as below
+        "ops.key_search(torch.zeros(32, 64), torch.zeros(1000, 64), top_k=1)",
+    ):
+        result = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True)
+        assert result.returncode == 1 and "ValueError: SLM_FAST_ISA" in result.stderr, code
 
 
 @needs_extension

@@ -78,13 +78,14 @@ struct Backward {
 void mixture_backward(const Mixture& op, const void* dy, const void* x, const float* u, void* dx, float* dA,
                       float* dB, int64_t owned_begin, int64_t owned_end, float* dw, int num_threads) {
   validate(op, op.columns_of_pick());
+  kernels();  // an SLM_FAST_ISA that cannot run is told here: a worker's exception would end the process
   const int64_t columns = op.columns_of_pick(), stride = op.u_stride;
   float* const g = scratch(1, op.num_tokens * stride);
   float* const weighted_u = scratch(2, op.num_tokens * stride);
   const Backward backward{op, columns, stride, x, dy, u, g, weighted_u, owned_begin, owned_end};
   const std::vector<Task> tasks = make_tasks(op);
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  const int threads = worthwhile_threads(op, num_threads);
+  const int threads = worthwhile_threads(op, num_tasks, num_threads);
 
   const int64_t rank_parts = parts_per_task(num_tasks, threads, (stride + 3) / 4);
   parallel_for(num_tasks * rank_parts, threads, [&](int64_t chunk) {

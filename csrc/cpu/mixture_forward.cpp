@@ -1,6 +1,6 @@
 // y[t] += sum_j coef_j u[t, j] B_j with u[t, j] = <x[t], A_j>. Reads x and each picked factor once per 64
-// tokens of a row, reads and writes y once: R * (in + out) multiply-adds a token. Rows that decode read
-// factors once, from memory, and ask for what they read next.
+// tokens of a row, reads and writes y once: R * (in + out) multiply-adds a token. Rows that decode, where
+// each thread has some, read factors once, from memory, and ask for what they read next.
 #include <algorithm>
 
 #include "mixture_plan.h"
@@ -45,6 +45,7 @@ void whole_task(const Mixture& op, const Task& task, const Task* after, const vo
 
 void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int num_threads) {
   validate(op, u ? op.columns_of_pick() : -1);
+  kernels();  // an SLM_FAST_ISA that cannot run is told here: a worker's exception would end the process
   const int64_t columns = u ? op.columns_of_pick() : largest_rank(op);
   const int64_t stride = columns * op.top_k;
   const bool keep_u = u != nullptr;
@@ -54,7 +55,7 @@ void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int nu
   }
   const std::vector<Task> tasks = make_tasks(op);
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  const int threads = worthwhile_threads(op, num_threads);
+  const int threads = worthwhile_threads(op, num_tasks, num_threads);
 
   const int64_t blocks = (op.out_features + kBlock - 1) / kBlock;
   const int64_t rank_parts = parts_per_task(num_tasks, threads, (stride + 3) / 4);

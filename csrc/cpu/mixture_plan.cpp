@@ -7,9 +7,12 @@
 namespace slm {
 namespace {
 
-// Below this many multiply-adds one thread is done sooner: 6 rows of 576 x 576, K=2, r=8 (110,000), with
-// factors that come from memory, take as long on one as on two, 16 take 142 us and 90 us.
-constexpr int64_t kSerialWork = 120000;
+// Multiply-adds that are worth a thread where it has whole tasks: 6 rows of 576 x 576, K=2, r=8 (110,000),
+// with factors that come from memory, take as long on one as on two, 16 take 142 us and 90 us.
+constexpr int64_t kThreadWork = 60000;
+// And where tasks have to be cut, in two turns: 2 such rows with r=64 (295,000) take 127 us and 93 us.
+constexpr int64_t kCutWork = 100000;
+constexpr int64_t kTasksOfThread = 4;
 // Factor rows read again for every four tokens stay in half an L2 cache of 1 MiB.
 constexpr int64_t kResidentFloats = 128 * 1024;
 
@@ -77,7 +80,7 @@ std::vector<Task> make_tasks(const Mixture& op) {
   return tasks;
 }
 
-int worthwhile_threads(const Mixture& op, int num_threads) {
+int worthwhile_threads(const Mixture& op, int64_t num_tasks, int num_threads) {
   int64_t ranks = 0;
   for (int64_t row = 0; row < op.num_rows; ++row) {
     int64_t of_row = 0;
@@ -85,12 +88,15 @@ int worthwhile_threads(const Mixture& op, int num_threads) {
       if (op.weights[i] != 0.0f) of_row += op.rank[op.indices[i]];
     ranks += of_row * (op.token_begin(row + 1) - op.token_begin(row));
   }
-  return ranks * (op.in_features + op.out_features) < kSerialWork ? 1 : num_threads;
+  const int64_t work = ranks * (op.in_features + op.out_features), most = std::max(num_threads, 1);
+  const auto worth = [&](int64_t of_thread) { return std::clamp<int64_t>(work / of_thread, 1, most); };
+  const int64_t whole = std::max<int64_t>(1, num_tasks / kTasksOfThread);  // threads that need no cut
+  return static_cast<int>(std::min(worth(kThreadWork), std::max(whole, worth(kCutWork))));
 }
 
 int64_t parts_per_task(int64_t num_tasks, int num_threads, int64_t most) {
-  if (num_threads <= 1 || num_tasks == 0 || num_tasks >= 4 * num_threads) return 1;
-  return std::max<int64_t>(1, std::min<int64_t>(most, 4 * num_threads / num_tasks));
+  if (num_threads <= 1 || num_tasks == 0 || num_tasks >= kTasksOfThread * num_threads) return 1;
+  return std::max<int64_t>(1, std::min<int64_t>(most, kTasksOfThread * num_threads / num_tasks));
 }
 
 void rank_space(const Mixture& op, const void* x, const void* slab, int64_t dim, const Task& task,

@@ -35,7 +35,7 @@ int64_t largest_rank(const Mixture& op);
 std::vector<Task> make_tasks(const Mixture& op);
 
 // Threads worth waking for this op, and parts to cut each task into so that they all have work.
-int worthwhile_threads(const Mixture& op, int num_threads);
+int worthwhile_threads(const Mixture& op, int64_t num_tasks, int num_threads);
 int64_t parts_per_task(int64_t num_tasks, int num_threads, int64_t most);
 
 // out[t, col_j] = <x[t], slab[row_j]> for the tokens of a task and the plan's ranks begin:end.
