@@ -141,12 +141,9 @@ def mixture_parts(record: dict, speed: Speed, slower: dict) -> Iterator[Part]:
     elif kind == "flat":
         found = update_features(axes["rows"], axes["distinct"], **ENTRIES_OF_FLAT, speed=speed)
         yield from (Part(UPDATE, pool, found) for pool in record["contenders"])
-    elif kind == "update":
+    elif kind in ("update", "step"):
         work = speed.work(record["operations"]), speed.moved(record["bytes"])
-        yield Part(MIXTURE, ours, (speed.call, *work))
-    elif kind == "step":
-        work = speed.work(record["operations"]), speed.moved(record["bytes"])
-        yield Part(BACKWARD, ours, (speed.call, *work))
+        yield Part(MIXTURE if kind == "update" else BACKWARD, ours, (speed.call, *work))
     elif kind in ("layer", "layer step"):
         sizes = axes["rows"], axes["length"], axes["rank"], axes["top_k"]
         phase, features = (LAYER, layer_features) if kind == "layer" else (LAYER_STEP, layer_step_features)

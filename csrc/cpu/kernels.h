@@ -96,12 +96,14 @@ struct Kernels {
   void (*axpy)(const float* s, int64_t sm, int64_t sn, int64_t num_m, int64_t num_n, const float* f, void* y,
                int y_dtype, int64_t y_stride, int64_t width, int add);
 
-  // `dot` of one token, to the same bits, which asks for the rows of `next` on the way. scratch: pad(dim).
+  // `dot` of one token, to the same bits, which asks for the same rows of the slab `next`, of `next_bytes`
+  // each, on the way. scratch: pad(dim).
   void (*dot_one)(const void* x, int x_dtype, const void* f, int f_dtype, const int64_t* rows,
-                  const int64_t* cols, int64_t num_j, int64_t dim, const SlabRows& next, float* out,
-                  float* scratch);
+                  const int64_t* cols, int64_t num_j, int64_t dim, const char* next, int64_t next_bytes,
+                  float* out, float* scratch);
 
-  // y[begin:end] = (add ? y[begin:end] : 0) + sum_n s[n] f[rows[n]][begin:end], to the bits of `axpy`.
+  // y[begin:end] = (add ? y[begin:end] : 0) + sum_n s[n] f[rows[n]][begin:end], to the bits of `axpy`;
+  // asks for the rows of `next` on the way.
   void (*axpy_one)(const float* s, int64_t num_n, const void* f, int f_dtype, const int64_t* rows,
                    int64_t dim, int64_t begin, int64_t end, const SlabRows& next, void* y, int y_dtype,
                    int add);

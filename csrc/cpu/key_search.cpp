@@ -58,12 +58,11 @@ bool searches_alone(const KeySearch& op) { return work_of(op) < 2 * kThreadWork;
 void key_search(const KeySearch& op, int num_threads) {
   if (!all_finite(op.query, op.num_queries * op.dim))
     throw std::invalid_argument("query must be finite, got NaN or infinite values");
-  kernels();  // an SLM_FAST_ISA that cannot run is told here: a worker's exception would end the process
   const bool coded = is_coded(op);
   const int64_t queries = coded ? kCodeQueries : kQueries, block = coded ? kCodeKeys : kBlockKeys;
   const int64_t groups = (op.num_queries + queries - 1) / queries;
-  const int threads =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, work_of(op) / kThreadWork)));
+  const int threads = static_cast<int>(
+      std::max<int64_t>(1, std::min<int64_t>(num_threads, work_of(op) / kThreadWork)));
   const int64_t blocks = (op.num_keys + block - 1) / block;
   const int64_t slices = groups >= threads ? 1 : std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
 

@@ -78,7 +78,6 @@ struct Backward {
 void mixture_backward(const Mixture& op, const void* dy, const void* x, const float* u, void* dx, float* dA,
                       float* dB, int64_t owned_begin, int64_t owned_end, float* dw, int num_threads) {
   validate(op, op.columns_of_pick());
-  kernels();  // an SLM_FAST_ISA that cannot run is told here: a worker's exception would end the process
   const int64_t columns = op.columns_of_pick(), stride = op.u_stride;
   float* const g = scratch(1, op.num_tokens * stride);
   float* const weighted_u = scratch(2, op.num_tokens * stride);

@@ -28,24 +28,24 @@ void whole_task(const Mixture& op, const Task& task, const Task* after, const vo
   plan.build(op, task.row, columns);
   if (keep_u) zero_unused(op, task, columns, u);
   if (plan.size() == 0) return;
+  SlabRows coming{};
   if (task.end - task.begin > 1) {
     rank_space(op, x, op.A, op.in_features, task, plan, 0, plan.size(), u, stride);
-    expand(op, u, stride, op.B, op.out_features, task, plan, 0, op.out_features, y, true);
-    return;
+  } else {
+    rank_space_one(op, x, task, plan, u, stride);
+    if (after) {
+      next.build(op, after->row, columns);
+      coming = {static_cast<const char*>(op.A), next.rows.data(), next.size(),
+                op.in_features * size_of(op.factor_dtype)};
+    }
   }
-  next.rows.clear();
-  if (after) next.build(op, after->row, columns);
-  const DType factors = op.factor_dtype;
-  rank_space_one(op, x, op.A, op.in_features, task, plan, plan.of(op.B, op.out_features, factors), u, stride);
-  expand_one(op, u, stride, op.B, op.out_features, task, plan, 0, op.out_features,
-             next.of(op.A, op.in_features, factors), y, true);
+  expand(op, u, stride, op.B, op.out_features, task, plan, 0, op.out_features, y, true, coming);
 }
 
 }  // namespace
 
 void mixture_forward(const Mixture& op, const void* x, void* y, float* u, int num_threads) {
   validate(op, u ? op.columns_of_pick() : -1);
-  kernels();  // an SLM_FAST_ISA that cannot run is told here: a worker's exception would end the process
   const int64_t columns = u ? op.columns_of_pick() : largest_rank(op);
   const int64_t stride = columns * op.top_k;
   const bool keep_u = u != nullptr;

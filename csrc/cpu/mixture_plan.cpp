@@ -112,14 +112,18 @@ void rank_space(const Mixture& op, const void* x, const void* slab, int64_t dim,
 }
 
 void expand(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
-            const Task& task, const RowPlan& plan, int64_t begin, int64_t end, void* y, bool add) {
+            const Task& task, const RowPlan& plan, int64_t begin, int64_t end, void* y, bool add,
+            const SlabRows& next) {
   const int64_t num_t = task.end - task.begin, num_j = plan.size();
-  if (num_t == 1) return expand_one(op, s, s_stride, slab, dim, task, plan, begin, end, {}, y, add);
   float* const weighted = scratch(0, num_t * num_j + num_j * kBlock);
   float* const panel = weighted + num_t * num_j;
   for (int64_t t = 0; t < num_t; ++t)
     for (int64_t j = 0; j < num_j; ++j)
       weighted[t * num_j + j] = plan.coef[j] * s[(task.begin + t) * s_stride + plan.cols[j]];
+  if (num_t == 1)
+    return kernels().axpy_one(weighted, num_j, slab, static_cast<int>(op.factor_dtype), plan.rows.data(), dim,
+                              begin, end, next, const_cast<char*>(offset(y, task.begin * dim, op.x_dtype)),
+                              static_cast<int>(op.x_dtype), add);
   for (int64_t c = begin; c < end; c += kBlock) {
     const int64_t width = std::min(kBlock, end - c);
     kernels().pack(slab, static_cast<int>(op.factor_dtype), plan.rows.data(), num_j, dim, c, width, panel);
@@ -129,22 +133,13 @@ void expand(const Mixture& op, const float* s, int64_t s_stride, const void* sla
   }
 }
 
-void rank_space_one(const Mixture& op, const void* x, const void* slab, int64_t dim, const Task& task,
-                    const RowPlan& plan, const SlabRows& next, float* out, int64_t out_stride) {
-  kernels().dot_one(offset(x, task.begin * dim, op.x_dtype), static_cast<int>(op.x_dtype), slab,
+void rank_space_one(const Mixture& op, const void* x, const Task& task, const RowPlan& plan, float* u,
+                    int64_t u_stride) {
+  const int64_t dim = op.in_features;
+  kernels().dot_one(offset(x, task.begin * dim, op.x_dtype), static_cast<int>(op.x_dtype), op.A,
                     static_cast<int>(op.factor_dtype), plan.rows.data(), plan.cols.data(), plan.size(), dim,
-                    next, out + task.begin * out_stride, scratch(0, padded(dim)));
-}
-
-void expand_one(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
-                const Task& task, const RowPlan& plan, int64_t begin, int64_t end, const SlabRows& next,
-                void* y, bool add) {
-  const int64_t num_j = plan.size();
-  float* const weighted = scratch(0, num_j);
-  for (int64_t j = 0; j < num_j; ++j) weighted[j] = plan.coef[j] * s[task.begin * s_stride + plan.cols[j]];
-  kernels().axpy_one(weighted, num_j, slab, static_cast<int>(op.factor_dtype), plan.rows.data(), dim, begin,
-                     end, next, const_cast<char*>(offset(y, task.begin * dim, op.x_dtype)),
-                     static_cast<int>(op.x_dtype), add);
+                    static_cast<const char*>(op.B), op.out_features * size_of(op.factor_dtype),
+                    u + task.begin * u_stride, scratch(0, padded(dim)));
 }
 
 float* scratch(int slot, int64_t size) {

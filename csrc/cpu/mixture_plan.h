@@ -16,10 +16,6 @@ struct RowPlan {
 
   void build(const Mixture& op, int64_t row, int64_t columns);
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
-  // Its rows of A or B.
-  SlabRows of(const void* slab, int64_t dim, DType dtype) const {
-    return {static_cast<const char*>(slab), rows.data(), size(), dim * size_of(dtype)};
-  }
 };
 
 // Up to kTokens tokens of one row.
@@ -42,16 +38,16 @@ int64_t parts_per_task(int64_t num_tasks, int num_threads, int64_t most);
 void rank_space(const Mixture& op, const void* x, const void* slab, int64_t dim, const Task& task,
                 const RowPlan& plan, int64_t begin, int64_t end, float* out, int64_t out_stride);
 
-// y[t] (+)= sum_j coef_j * s[t, col_j] * slab[row_j], for the tokens of a task and the columns begin:end.
-void expand(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
-            const Task& task, const RowPlan& plan, int64_t begin, int64_t end, void* y, bool add);
+// u[t, col_j] = <x[t], A[row_j]> for the token of a task that has one; asks for the plan's rows of B on the
+// way.
+void rank_space_one(const Mixture& op, const void* x, const Task& task, const RowPlan& plan, float* u,
+                    int64_t u_stride);
 
-// The same for a task of one token; while these factors are read, the rows of `next` are asked for.
-void rank_space_one(const Mixture& op, const void* x, const void* slab, int64_t dim, const Task& task,
-                    const RowPlan& plan, const SlabRows& next, float* out, int64_t out_stride);
-void expand_one(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
-                const Task& task, const RowPlan& plan, int64_t begin, int64_t end, const SlabRows& next,
-                void* y, bool add);
+// y[t] (+)= sum_j coef_j * s[t, col_j] * slab[row_j], for the tokens of a task and the columns begin:end. A
+// task of one token asks for the rows of `next` on the way.
+void expand(const Mixture& op, const float* s, int64_t s_stride, const void* slab, int64_t dim,
+            const Task& task, const RowPlan& plan, int64_t begin, int64_t end, void* y, bool add,
+            const SlabRows& next = {});
 
 // A buffer of the calling thread, valid until its next call with the same slot; contents are undefined.
 float* scratch(int slot, int64_t size);

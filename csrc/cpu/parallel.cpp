@@ -4,6 +4,8 @@
 #include <thread>
 #include <vector>
 
+#include "isa.h"
+
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
@@ -82,6 +84,7 @@ void pause() {
 const char* thread_pool() { return openmp().usable() ? "gomp" : "std::thread"; }
 
 void parallel_region(int num_threads, const Region& fn) {
+  kernels();  // an SLM_FAST_ISA that cannot run is told here: a worker's exception would end the process
   if (num_threads <= 1) {
     fn(0, 1);
   } else if (openmp().usable()) {
