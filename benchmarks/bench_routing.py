@@ -51,6 +51,7 @@ RETRIEVALS = {
     "all layers, whitened, k-means keys": SLMConfig(key_method="kmeans"),
     "all layers, whitened, 64 directions": SLMConfig(statistics_rank=64),
     "all layers, whitened, 256 directions": SLMConfig(statistics_rank=256),
+    "all layers, whitened, keys of entries": SLMConfig(label_keys=False),
     "all layers, whitened": SLMConfig(),
     "all layers, whitened, all directions": SLMConfig(statistics_rank=1 << 20),
 }
@@ -82,12 +83,13 @@ def learn(config: SLMConfig, tasks: Sequence[Task], queries: Queries) -> Knowled
     return KnowledgePool.of_queries(
         replace(config, top_k=TOP_K),
         {task.name: train for task, (train, _) in zip(tasks, queries, strict=True)},
+        {task.name: [row.target for row in task.train] for task in tasks},
     )
 
 
 def size(pool: KnowledgePool) -> int:
     """Bytes of keys and statistics."""
-    tensors = [pool.keys, pool.index_keys, pool.index_bias, *pool.metric.buffers()]
+    tensors = [pool.keys, pool.index_keys, pool.index_bias, pool.index_task, *pool.metric.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -25,7 +25,7 @@ HEAD_INITS = ("probe", "zero")
 MIXINGS = ("instance", "batch")
 KEY_TRAINING = ("key_learning_rate", "key_epochs", "key_batch_size")
 # Left out of `to_dict` at their defaults.
-LATER_FIELDS = (*KEY_TRAINING, "layers_to_transform", "route_in_prefill", "feature_penalty")
+LATER_FIELDS = (*KEY_TRAINING, "layers_to_transform", "route_in_prefill", "feature_penalty", "label_keys")
 POOLINGS = ("auto", "mean", "first", "last")
 
 # The linear after attention, which the paper re-parameterises: BERT, LLaMA, T5. The first that matches.
@@ -55,6 +55,10 @@ class SLMConfig:
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.  key_learning_rate, key_epochs, key_batch_size: of its training, by AdamW. The authors' two
             or three epochs at 1e-3 are for their tasks of up to 200,000 texts.
+        label_keys: whitened, weighting "task": whether a task whose answers are told when it is added is
+            found by a key for each of its labels, whose score is half that of the label's texts' mean and
+            half that of the task's, in place of the keys of its entries, which pick among these alone then.
+            It takes D + 4 bytes a label in the statistics, 4 D (and D of codes) where it is searched.
         init: where new entries start: "zero" (they change nothing yet) or "retrieved" (the mixture that the
             task's texts get from the entries that are there, and the heads of tasks with the same labels).
         head_init: where a task's classification head starts when its training does: "probe" (a logistic
@@ -118,6 +122,7 @@ class SLMConfig:
     key_learning_rate: float = 1e-2
     key_epochs: int = 20
     key_batch_size: int = 32
+    label_keys: bool = True
     init: str = "zero"
     head_init: str = "probe"
     feature_penalty: float = 0.0
@@ -220,8 +225,9 @@ class SLMConfig:
                 type(layer) is not int or layer < 0 for layer in self.layers_to_transform
             ):
                 raise ValueError(f"layers_to_transform must be indices from 0, or None, got {layers!r}")
-        if not isinstance(self.route_in_prefill, bool):
-            raise ValueError(f"route_in_prefill must be True or False, got {self.route_in_prefill!r}")
+        for name in ("route_in_prefill", "label_keys"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     @classmethod
     def paper(cls, **overrides) -> "SLMConfig":

@@ -34,7 +34,7 @@ class GroupedCosine(nn.Module):
         if dim % self.num_groups:
             raise ValueError(f"the query size {dim} is not divisible by num_groups={self.num_groups}")
 
-    def update(self, name: str, query: Tensor) -> None:
+    def update(self, name: str, query: Tensor, answers: Sequence[str] | None = None) -> None:
         """Take in a new task's queries [N, D]; the cosine needs no statistics."""
 
     def remove(self, name: str) -> bool:
@@ -88,9 +88,10 @@ class Whitened(nn.Module):
         self.tasks = nn.ModuleDict()
         self._forget()
 
-    def update(self, name: str, query: Tensor) -> None:
-        """Add the queries [N, D] of a new task to the statistics."""
-        self.take(name, TaskStatistics.of(query, self.rank))
+    def update(self, name: str, query: Tensor, answers: Sequence[str] | None = None) -> None:
+        """Add the queries [N, D] of a new task to the statistics; with the answers to them, also the means
+        of its labels."""
+        self.take(name, TaskStatistics.of(query, self.rank, answers))
 
     def take(self, name: str, statistics: TaskStatistics) -> None:
         """Add what is known of a task's queries."""
@@ -200,6 +201,15 @@ class Whitened(nn.Module):
         centred = (keys - self.mean).double()
         c = torch.cholesky_solve(centred.T, self.cholesky()).T
         return c.float().contiguous(), (-0.5 * (centred * c).sum(-1)).float()
+
+    def index_labels(self, labels: Tensor, means: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        """Label keys: means of labels [L, D] and of tasks [T, D], the labels being of the tasks `task` [L] ->
+        what is searched, c [L, D] and beta [L], so that a label key's score is half that of the label's mean
+        and half that of its task's. (By the label's alone, tasks with far-flung labels would take others'
+        texts.)"""
+        c, beta = self.index(torch.cat([labels, means]))
+        task = task + len(labels)
+        return (c[: len(labels)] + c[task]) / 2, (beta[: len(labels)] + beta[task]) / 2
 
     def embed(self, query: Tensor) -> Tensor:
         """Queries [N, D] -> points whose Euclidean geometry is the metric's; for clustering."""

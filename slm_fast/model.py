@@ -103,6 +103,7 @@ class SLMModel(nn.Module):
         texts: Sequence[str] | None = None,
         *,
         embeddings: Tensor | None = None,
+        answers: Sequence[str] | None = None,
         labels: Sequence[str] | None = None,
         method: str | None = None,
         rank: int | None = None,
@@ -112,10 +113,12 @@ class SLMModel(nn.Module):
     ) -> TaskInfo:
         """Phase 1: make a new task's keys from its texts. With `labels` the task gets a classification head.
 
-        method: "group_avg", "kmeans" or "paper".  init: "zero"; or "retrieved": the entries start from the
-        mixture that the texts get without them, as near as their ranks allow. None takes the config's. Raises
+        answers: to the texts, one each: names of labels, or what is to be generated. Where they repeat, 4
+        texts an answer or more, the task is found by a key for each (the config's `label_keys`).  method:
+        "group_avg", "kmeans" or "paper".  init: "zero"; or "retrieved": the entries start from the mixture
+        that the texts get without them, as near as their ranks allow. None takes the config's. Raises
         ValueError on an unknown method or init, a start other than "zero" with a scaling of 0, too few texts,
-        a taken name or non-finite embeddings; nothing is changed then.
+        a taken name, another number of answers or non-finite embeddings; nothing is changed then.
         """
         method, init = method or self.slm_config.key_method, init or self.slm_config.init
         if method not in KEY_METHODS:
@@ -137,6 +140,7 @@ class SLMModel(nn.Module):
             labels=list(labels) if labels is not None else None,
             hidden_size=self.config.hidden_size if labels is not None else None,
             queries=query,
+            answers=answers,
             generator=torch.Generator().manual_seed(seed),
         )
         if weights is not None:

@@ -13,7 +13,9 @@ from slm_fast import dispatch, ops
 from slm_fast.config import SLMConfig
 from slm_fast.factors import Factors, grown
 from slm_fast.faiss_index import FaissIndex
-from slm_fast.keys import METRIC_CLASSES, TEMPERATURES, learn_keys
+from slm_fast.fitted_temperature import drop_losses, held_out_losses, keep_losses
+from slm_fast.keys import METRIC_CLASSES, learn_keys
+from slm_fast.label_keys import label_index, with_entries
 from slm_fast.reference import KeyCodes
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
@@ -64,15 +66,16 @@ class KnowledgePool(nn.Module):
         self.factors = nn.ModuleList(Factors(i, o, dtype) for i, o in modules.values())
         self.module_index = {name: m for m, name in enumerate(modules)}
         self.tasks: dict[str, TaskInfo] = {}
+        self.tasks_by_number: dict[int, TaskInfo] = {}  # the same by their numbers in `slot_task`
         self.heads = nn.ModuleDict()
         self.names: dict[int, str] = {}
-        self._num_taken = 0  # tasks ever added: the number of the next one, which `slot_task` holds
+        self.num_taken = 0  # tasks ever added: the number of the next one, which `slot_task` holds
         self.slot_of: dict[str, int] = {}
         self.version = 0
         self.owner: str | None = None
         self.factors_on_host = False
         self._free_slots: list[int] = []
-        self._num_slots = 0
+        self.num_slots = 0
         self._free_rows: dict[int, list[int]] = {}  # number of rows: starts of free blocks of that size
         self.num_rows = 0  # slab rows that were ever used
         self.max_rank = 0  # never smaller than any entry's rank
@@ -85,8 +88,12 @@ class KnowledgePool(nn.Module):
         self.register_buffer("slot_task", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("row_entry", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("keys", torch.zeros(0, 0))
+        # What is searched: keys of entries, by slot, and behind them the label keys of tasks that have some,
+        # the number of whose task, and whether a row that may go to any task is compared with it.
         self.register_buffer("index_keys", torch.zeros(0, 0))
         self.register_buffer("index_bias", torch.zeros(0))
+        self.register_buffer("index_task", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("searched", torch.zeros(0, dtype=torch.bool), persistent=False)
         self.metric: nn.Module | None = None
         self._faiss: FaissIndex | None = None  # dropped whenever what is searched changes
         self._codes: KeyCodes | None = None  # of index_keys, made by the first search on the CPU
@@ -147,12 +154,15 @@ class KnowledgePool(nn.Module):
         return slice(int(self.start[slots[0]]), int(self.start[slots[-1]] + self.rank[slots[-1]]))
 
     @classmethod
-    def of_queries(cls, config: SLMConfig, queries: dict[str, Tensor]) -> "KnowledgePool":
-        """Keys and statistics of tasks, learnt from their queries [N, D], and hardly any factors: retrieval
-        by itself, to be measured."""
-        pool = cls(config, {"none": (1, 1)})
+    def of_queries(
+        cls, config: SLMConfig, queries: dict[str, Tensor], answers: dict[str, list[str]] | None = None
+    ) -> "KnowledgePool":
+        """Keys and statistics of tasks, learnt from their queries [N, D] (and their `answers`), and hardly
+        any factors: retrieval by itself, to be measured."""
+        pool, answers = cls(config, {"none": (1, 1)}), answers or {}
         for name, query in queries.items():
-            pool.add_task(name, pool.learn_keys(query, config.key_method), queries=query)
+            keys = pool.learn_keys(query, config.key_method)
+            pool.add_task(name, keys, queries=query, answers=answers.get(name))
         return pool
 
     # ---- adding and removing
@@ -177,12 +187,13 @@ class KnowledgePool(nn.Module):
         labels: list[str] | None = None,
         hidden_size: int | None = None,
         queries: Tensor | None = None,
+        answers: Sequence[str] | None = None,
         generator: torch.Generator | None = None,
     ) -> TaskInfo:
         """Add one entry per row of `keys` [M, D]; A starts as in PEFT (Kaiming uniform), B at zero.
 
-        `queries` [N, D] update the metric's statistics. `labels` with `hidden_size` add a classification
-        head, at zero.
+        `queries` [N, D] update the metric's statistics; with the `answers` to them, by text, the task gets
+        label keys. `labels` with `hidden_size` add a classification head, at zero.
         Raises ValueError when the name is taken, a key is not finite or has another size.
         """
         if name in self.tasks:
@@ -196,6 +207,9 @@ class KnowledgePool(nn.Module):
             raise ValueError(f"labels of task {name!r} must be distinct and not empty")
         if labels is not None and hidden_size is None:
             raise ValueError("labels need hidden_size")
+        answers = answers if self.config.label_keys else None
+        if answers is not None and (queries is None or len(answers) != len(queries)):
+            raise ValueError(f"answers has {len(answers)} texts: it needs queries, and one of each")
         num = keys.shape[0]
         ranks = list(rank) if isinstance(rank, (list, tuple)) else [rank or self.config.r] * num
         if len(ranks) != num or min(ranks) < 1:
@@ -203,9 +217,9 @@ class KnowledgePool(nn.Module):
         if self.query_dim is None:
             self._set_query_dim(keys.shape[1])
         if queries is not None:
-            losses = self._held_out_losses(queries)
-            self.metric.update(name, queries.to(self.keys))
-            self._keep_losses(name, losses)
+            losses = held_out_losses(self, queries, answers)
+            self.metric.update(name, queries.to(self.keys), answers)
+            keep_losses(self, name, losses)
         info = TaskInfo(name, labels=list(labels) if labels is not None else None)
         self.version += 1
         self._settle()
@@ -218,7 +232,7 @@ class KnowledgePool(nn.Module):
             self.start[slot], self.rank[slot] = starts[m], ranks[m]
             self.row_entry[starts[m] : starts[m] + ranks[m]] = slot
             self.scaling[slot] = self.config.scaling if scaling is None else scaling
-            self.active[slot], self.slot_task[slot] = True, self._num_taken
+            self.active[slot], self.slot_task[slot] = True, self.num_taken
             self.slot_version[slot] = self.factors_version[slot] = self.version
             self.keys[slot] = keys[m].to(self.keys)
         for factors in self.factors:
@@ -232,25 +246,31 @@ class KnowledgePool(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
             self.heads[module_key(name)] = head.requires_grad_(False)
-        self.tasks[name] = info
-        self._num_taken += 1
+        self.tasks[name] = self.tasks_by_number[self.num_taken] = info
+        self.num_taken += 1
         self.refresh_index(None if queries is not None and self.metric.has_statistics else info.slots)
         return info
 
-    def take_task(self, other: "KnowledgePool", name: str, queries: Tensor | None = None) -> TaskInfo:
+    def take_task(
+        self,
+        other: "KnowledgePool",
+        name: str,
+        queries: Tensor | None = None,
+        answers: Sequence[str] | None = None,
+    ) -> TaskInfo:
         """Add task `name` of another pool: its entries, keys, statistics and head, as if learnt here.
 
-        With temperature="auto" its own `queries` [N, D] measure its losses anew, against the tasks here;
-        without them it keeps its losses where all tasks that they were measured against are here, and has
-        none elsewhere. Raises ValueError when the name is taken, or the pools differ in linears, metric or
-        size of a query.
+        With temperature="auto" its own `queries` [N, D] and the `answers` to them measure its losses anew,
+        against the tasks here; without them it keeps its losses where all tasks that they were measured
+        against are here, and has none elsewhere. Raises ValueError when the name is taken, or the pools
+        differ in linears, metric or size of a query.
         """
         self.check_take(other, name)
-        losses = None if queries is None else self._held_out_losses(queries)
+        losses = None if queries is None else held_out_losses(self, queries, answers)
         info = self._take(other, name)
         if queries is not None:
-            self._keep_losses(name, losses)
-        self._drop_losses()
+            keep_losses(self, name, losses)
+        drop_losses(self)
         return info
 
     def take_tasks(self, other: "KnowledgePool", names: Sequence[str]) -> list[TaskInfo]:
@@ -260,7 +280,7 @@ class KnowledgePool(nn.Module):
         for name in names:
             self.check_take(other, name)
         infos = [self._take(other, name) for name in names]
-        self._drop_losses()
+        drop_losses(self)
         return infos
 
     @torch.no_grad()
@@ -338,10 +358,12 @@ class KnowledgePool(nn.Module):
             del self.slot_of[self.names.pop(slot)]
         if info.labels is not None:
             del self.heads[module_key(name)]
-        del self.tasks[name]
+        del self.tasks[name], self.tasks_by_number[int(self.slot_task[info.slots[0]])]
         if self.metric is not None and self.metric.remove(name):
             self.refresh_index()
-        self._drop_losses()
+        else:
+            self._mark_searched()
+        drop_losses(self)
 
     def new_metric(self, dim: int) -> nn.Module:
         """The config's metric for queries of size `dim`, without any statistics."""
@@ -354,12 +376,12 @@ class KnowledgePool(nn.Module):
     def _take_slot(self) -> int:
         if self._free_slots:
             return self._free_slots.pop()
-        if self._num_slots == self.start.shape[0]:
-            capacity = max(8, 2 * self._num_slots)
+        if self.num_slots == self.start.shape[0]:
+            capacity = max(8, 2 * self.num_slots)
             for name in SLOT_BUFFERS:
                 setattr(self, name, grown(getattr(self, name), capacity))
-        self._num_slots += 1
-        return self._num_slots - 1
+        self.num_slots += 1
+        return self.num_slots - 1
 
     def _take_rows(self, ranks: list[int]) -> list[int]:
         """Contiguous rows for a task's entries, so that one parameter can own them; freed ones first."""
@@ -446,6 +468,7 @@ class KnowledgePool(nn.Module):
         self._faiss = self._codes = None
         self.version += 1
         self.factors_version.fill_(self.version)
+        self._mark_searched()
 
     def __getstate__(self) -> dict:
         """Neither a FAISS index nor codes are pickled or copied: the copy makes its own."""
@@ -455,12 +478,15 @@ class KnowledgePool(nn.Module):
 
     def refresh_index(self, slots: list[int] | None = None) -> None:
         """Recompute what is searched from the raw keys: of some slots, or of all after the metric changed."""
-        self._faiss, count = None, self._num_slots
-        if slots is None or self.index_keys.shape[1] != self.keys.shape[1]:
-            self.index_keys, self.index_bias = self.metric.index(self.keys[:count])
-            self.index_bias = self.index_bias.masked_fill(~self.active[:count], 0.0)
+        self._faiss, count = None, self.num_slots
+        if slots is None or self.index_keys.shape[1] != self.keys.shape[1] or self.num_labels:
+            keys, bias = self.metric.index(self.keys[:count])
+            labels, label_bias, label_task = label_index(self, self.metric)
+            self.index_keys = torch.cat([keys, labels])
+            self.index_bias = torch.cat([bias.masked_fill(~self.active[:count], 0.0), label_bias])
             self._codes = None
         else:
+            label_task = self.index_task[:0]
             if len(self.index_keys) < count:
                 self.index_keys, self.index_bias = (
                     grown(t, count) for t in (self.index_keys, self.index_bias)
@@ -469,6 +495,19 @@ class KnowledgePool(nn.Module):
             self.index_keys[slots], self.index_bias[slots] = self.metric.index(self.keys[slots])
             if self._codes is not None:
                 ops.key_codes(self.index_keys, out=self._codes, rows=slots, backend=self.backend)
+        self.index_task = torch.cat([self.slot_task[:count], label_task])
+        self._mark_searched()
+
+    @property
+    def num_labels(self) -> int:
+        """Label keys that are searched."""
+        return max(len(self.index_task) - self.num_slots, 0)
+
+    def _mark_searched(self) -> None:
+        """Compare rows that may go to any task with the label keys, and with the entries of tasks without."""
+        entries, labels = self.index_task.tensor_split([self.num_slots])
+        without = self.active[: len(entries)] & ~torch.isin(entries, labels)
+        self.searched = torch.cat([without, torch.ones_like(labels, dtype=torch.bool)])
 
     def _index_codes(self) -> KeyCodes | None:
         """Codes of `index_keys`, a quarter of their bytes, where a search reads them."""
@@ -483,57 +522,11 @@ class KnowledgePool(nn.Module):
             return self.metric.fitted_temperature()
         return self.config.temperature or self.metric.default_temperature
 
-    @torch.no_grad()
-    def _held_out_losses(self, query: Tensor) -> Tensor | None:
-        """What held-out queries of a new task lose on the question whose they are, among the tasks there are:
-
-            mean over the queries of -log softmax_t(max over the entries of t of score / temperature)[new]
-
-        at every one of `TEMPERATURES`. None where no temperature is fitted, there is no other task, or too
-        few queries.
-        """
-        num_keys, part = self.config.entries_per_task, len(query) // 5
-        fitted = self.config.temperature == "auto" and self.tasks
-        if not fitted or not part or len(query) - part < num_keys:
-            return None
-        query = query.to(self.keys)
-        order = torch.randperm(len(query), generator=torch.Generator().manual_seed(0)).to(query.device)
-        held_out, rest = query[order[:part]], query[order[part:]]
-        metric = self.metric.only([*self.tasks])
-        metric.update("", rest)
-        own = learn_keys(rest, num_keys, metric, self.config, "group_avg")
-        keys, bias = metric.index(torch.cat([own, self.keys[self.active]]))
-        task = torch.cat(
-            [torch.full((num_keys,), self._num_taken, device=own.device), self.slot_task[self.active]]
-        )
-        _, number = task.unique(return_inverse=True)
-        scores = metric.transform(held_out) @ keys.T + bias
-        best = scores.new_full((part, len(self.tasks) + 1), -torch.inf)
-        best.scatter_reduce_(1, number.expand(part, -1), scores, "amax")
-        best = (best - best[:, number[:1]]).cpu()
-        return torch.stack([(best / temperature).logsumexp(1).mean() for temperature in TEMPERATURES])
-
     def identity(self, name: str) -> int:
         """Of a task, the same in every pool that has taken it: of its name and its keys."""
         keys = self.keys[self.task(name).slots].cpu().numpy().tobytes()
         digest = hashlib.sha256(f"{name}\0".encode() + keys).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
-
-    def _keep_losses(self, name: str, losses: Tensor | None) -> None:
-        """Give the task, if it has statistics, losses that were measured against all others that are here."""
-        if self.metric.has_statistics:
-            others = [other for other in self.tasks if other != name and losses is not None]
-            self.metric.tasks[module_key(name)].keep_losses(losses, [self.identity(o) for o in others])
-
-    def _drop_losses(self) -> None:
-        """Leave no losses that were measured against a task that is not here."""
-        if self.metric is None or not self.metric.has_statistics:
-            return
-        measured = [task for task in self.metric.tasks.values() if len(task.losses)]
-        here = {self.identity(name) for name in self.tasks} if measured else set()
-        for task in measured:
-            if not here.issuperset(task.against.tolist()):
-                task.keep_losses(None)
 
     def search(self, query: Tensor, tasks: str | list[str | None] | None = None) -> Routing:
         """Route queries [B, D]: the `top_k` best entries and their weights, as a `Routing`.
@@ -545,19 +538,16 @@ class KnowledgePool(nn.Module):
             raise ValueError("the pool has no entries yet; add a task first")
         self._check_queries(query, "query")
         query = query.to(self.keys)
-        mask = self.active
-        if isinstance(tasks, str):
-            mask = self._task_mask(tasks)
-        elif tasks is not None:
+        config, mask = self.config, self._task_mask(tasks) if isinstance(tasks, str) else self.searched
+        if tasks is not None and not isinstance(tasks, str):
             if len(tasks) != query.shape[0]:
                 raise ValueError(f"tasks has {len(tasks)} rows, the batch has {query.shape[0]}")
-            distinct = {t: self.active if t is None else self._task_mask(t) for t in set(tasks)}
-            mask = torch.stack([distinct[t] for t in tasks]) if tasks else self.active.expand(0, -1)
-        mask, config = mask[..., : len(self.index_keys)], self.config  # slots that were ever used
+            distinct = {t: mask if t is None else self._task_mask(t) for t in set(tasks)}
+            mask = torch.stack([distinct[t] for t in tasks]) if tasks else mask.expand(0, -1)
         if config.mixing == "batch" and mask.ndim == 2:
             raise ValueError('mixing="batch" shares one mixture and cannot restrict rows to different tasks')
         calibrated = config.min_similarity == "auto"
-        features, options = self._how_to_search(query, self.metric)
+        features, options = self.how_to_search(query, self.metric)
         options["min_similarity"] = None if calibrated else config.min_similarity
         if tasks is None and config.faiss_above is not None and self.num_entries > config.faiss_above:
             if self._faiss is None:
@@ -566,7 +556,8 @@ class KnowledgePool(nn.Module):
         else:
             options |= dict(codes=self._index_codes(), backend=self.backend)
             found = ops.key_search(features, self.index_keys, self.index_bias, mask, **options)
-        routing = self._weighted(Routing.make(*found, self.version))
+        routing = Routing.make(*found, self.version)
+        routing = self._weighted(with_entries(self, features, routing))
         if (calibrated or config.twin_share) and not isinstance(tasks, str):
             free = [task is None for task in ([None] * len(query) if tasks is None else tasks)]
             free = torch.tensor(free, dtype=torch.bool, device=query.device)
@@ -586,7 +577,7 @@ class KnowledgePool(nn.Module):
     def search_among(self, query: Tensor, name: str, metric: nn.Module | None = None) -> Routing:
         """Route queries [B, D] among the entries of a task, without a floor; by another metric, if given."""
         slots = torch.tensor(self.task(name).slots, device=self.keys.device)
-        features, options = self._how_to_search(query.to(self.keys), metric or self.metric)
+        features, options = self.how_to_search(query.to(self.keys), metric or self.metric)
         keys, bias = (
             metric.index(self.keys[slots]) if metric else (self.index_keys[slots], self.index_bias[slots])
         )
@@ -596,7 +587,7 @@ class KnowledgePool(nn.Module):
         routing = self._weighted(routing._replace(indices=slots[routing.indices.long()].to(routing.indices)))
         return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
 
-    def _how_to_search(self, query: Tensor, metric: nn.Module) -> tuple[Tensor, dict]:
+    def how_to_search(self, query: Tensor, metric: nn.Module) -> tuple[Tensor, dict]:
         """What is compared with the keys, queries or their mean, and the options of a search."""
         weighting = "softmax" if self.config.weighting == "task" else self.config.weighting
         options = dict(top_k=self.config.top_k, weighting=weighting, temperature=self.temperature())
@@ -670,8 +661,8 @@ class KnowledgePool(nn.Module):
         picked = routing.indices[used].long()
         if picked.numel() == 0:
             return
-        if int(picked.min()) < 0 or int(picked.max()) >= self._num_slots:
-            raise ValueError(f"the routing names slot {int(picked.max())}; the pool has {self._num_slots}")
+        if int(picked.min()) < 0 or int(picked.max()) >= self.num_slots:
+            raise ValueError(f"the routing names slot {int(picked.max())}; the pool has {self.num_slots}")
         made = routing.pool_version[:, None].expand_as(routing.indices)[used]
         stale = (self.slot_version[picked] > made) | ~self.active[picked]
         if bool(stale.any()):
@@ -680,14 +671,14 @@ class KnowledgePool(nn.Module):
     def task_mass(self, routing: Routing) -> tuple[Tensor, list[str]]:
         """Summed weights per task: [B, number of tasks] fp32, and the tasks' names in that order."""
         names = self.task_names()
-        column = torch.zeros(max(self._num_slots, 1), dtype=torch.int64, device=routing.weights.device)
+        column = torch.zeros(max(self.num_slots, 1), dtype=torch.int64, device=routing.weights.device)
         for t, name in enumerate(names):
             column[self.tasks[name].slots] = t
         mass = routing.weights.new_zeros(routing.num_rows, max(len(names), 1))
         return mass.scatter_add_(1, column[routing.indices.long()], routing.weights), names
 
     def _task_mask(self, name: str) -> Tensor:
-        mask = torch.zeros_like(self.active)
+        mask = torch.zeros(len(self.index_keys), dtype=torch.bool, device=self.active.device)
         mask[self.task(name).slots] = True
         return mask
 

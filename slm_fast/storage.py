@@ -20,9 +20,10 @@ from slm_fast.loading import local_name
 from slm_fast.pool import KnowledgePool
 from slm_fast.task_statistics import module_key
 
-FORMAT = 5
-# 3: a task's directions in fp16, what they leave of its scatter as a diagonal; 4: losses without `against`
-READABLE = (3, 4, 5)
+FORMAT = 6
+# 3: a task's directions in fp16, what they leave of its scatter as a diagonal; 4: losses without `against`;
+# 5: no means of labels
+READABLE = (3, 4, 5, 6)
 KEYS_NAME = "slm_keys.safetensors"
 HEADS_NAME = "slm_heads.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -13,6 +13,7 @@ LEVELS = 127  # of a direction's codes, on either side of 0
 DIRECTION_BYTES = 1 << 20  # of a task's directions, where their number is not told
 FOLDS = 5
 STEPS = 16  # of a tapering floor
+TEXTS_A_LABEL = 4  # on average, from which on labels have keys
 NUM_QUANTILES = 1001
 
 
@@ -108,6 +109,24 @@ def nearest_positive(matrices: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0)[:, None] @ vectors.mT).float()
 
 
+def num_labels(answers: Sequence[str] | None) -> int:
+    """The distinct answers to a task's texts, if they are labels: 0 where all are the same, or there are
+    fewer than 4 texts an answer, as of free text."""
+    distinct = len(set(answers or ()))
+    return distinct if 1 < distinct <= len(answers or ()) / TEXTS_A_LABEL else 0
+
+
+def label_means(query: Tensor, answers: Sequence[str] | None) -> Tensor:
+    """The mean of the queries [N, D] of each of the `num_labels` answers, by their names: [L, D] fp32."""
+    if not num_labels(answers):
+        return query[:0].float()
+    names = {answer: n for n, answer in enumerate(sorted(set(answers)))}
+    number = torch.tensor([names[answer] for answer in answers], device=query.device)
+    sums = torch.zeros(len(names), query.shape[1], dtype=torch.float64, device=query.device)
+    sums.index_add_(0, number, query.double())
+    return (sums / number.bincount()[:, None]).float()
+
+
 def _gaussian(query: Tensor) -> Gaussian:
     mean, degrees = query.mean(0), max(len(query) - 1, 1)
     centred = query - mean
@@ -127,6 +146,12 @@ def held_out_distances(query: Tensor) -> Tensor:
     return torch.cat(distances)
 
 
+def _in_levels(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [k, D] as codes [k, D] int8 and their scales [k]."""
+    scale = rows.abs().amax(1) / LEVELS
+    return (rows / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+
+
 class TaskStatistics(nn.Module):
     """Count, mean and scatter of a task's queries [N, D], and how far from them its own texts lie.
 
@@ -137,10 +162,12 @@ class TaskStatistics(nn.Module):
     in the s states of which a query is made, for neighbouring layers say nearly the same; with s = 1 a
     diagonal. Of format 3 V is in fp16 and s = 1. `quantiles`: of the held-out distances, 0 to 1. `losses`: of
     held-out texts among the task and others, at every temperature of `keys.TEMPERATURES`, if one is fitted;
-    `against`: these others, by `KnowledgePool.identity`. It stays on the CPU wherever the pool is moved.
+    `against`: these others, by `KnowledgePool.identity`. `label_offsets` [L, D], int8, times `label_scale`:
+    how far the means of the task's labels are from its own. It stays on the CPU wherever the pool is moved.
     """
 
-    SIZED = ("V", "scale", "rest", "quantiles", "losses", "against")  # buffers whose sizes differ among tasks
+    # Buffers whose sizes differ among tasks.
+    SIZED = ("V", "scale", "rest", "quantiles", "losses", "against", "label_offsets", "label_scale")
 
     def __init__(
         self,
@@ -150,6 +177,7 @@ class TaskStatistics(nn.Module):
         num_quantiles: int = NUM_QUANTILES,
         num_losses: int = 0,
         num_others: int = 0,
+        num_labels: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
@@ -161,10 +189,13 @@ class TaskStatistics(nn.Module):
         self.register_buffer("quantiles", torch.zeros(num_quantiles))
         self.register_buffer("losses", torch.zeros(num_losses))
         self.register_buffer("against", torch.zeros(num_others, dtype=torch.int64))
+        self.register_buffer("label_offsets", torch.zeros(num_labels, dim, dtype=torch.int8))
+        self.register_buffer("label_scale", torch.zeros(num_labels))
         self._own: Gaussian | None = None
 
     @classmethod
-    def of(cls, query: Tensor, rank: int) -> "TaskStatistics":
+    def of(cls, query: Tensor, rank: int, answers: Sequence[str] | None = None) -> "TaskStatistics":
+        """Of a task's queries [N, D]; with the answers to them, of its labels too."""
         query = query.float().cpu()
         mean = query.double().mean(0)
         centred, states = query - mean.float(), num_states(query)
@@ -172,8 +203,9 @@ class TaskStatistics(nn.Module):
         distances = held_out_distances(query)
         made = cls(query.shape[1], len(V), states, NUM_QUANTILES if len(distances) else 0)
         made.count += len(query)
-        made.mean, made.scale = mean, V.abs().amax(1) / LEVELS
-        made.V = (V / made.scale.clamp(min=1e-30)[:, None]).round().to(torch.int8)
+        made.mean, (made.V, made.scale) = mean, _in_levels(V)
+        offsets = label_means(query, answers) - mean.float()
+        made.label_offsets, made.label_scale = _in_levels(offsets)
         left = unit_products(centred, states) - unit_products(made.directions(), states)
         made.rest = nearest_positive(left)
         if len(distances):
@@ -186,24 +218,30 @@ class TaskStatistics(nn.Module):
         return min(rank, max(count - 1, 1))
 
     def is_kept_in(self, rank: int) -> bool:
-        """Whether these are what `of` keeps of the task's queries; of format 3 they are not."""
+        """Whether these are what `of` keeps of the task's queries, labels apart; of format 3 they are not."""
         return self.V.dtype is torch.int8 and len(self.V) == self.num_directions(int(self.count), rank)
 
     @classmethod
     def like(cls, saved: dict[str, Tensor]) -> "TaskStatistics":
         """Room for statistics that were saved: their `SIZED` buffers, which are brought up to date, in place,
         where they are of format 3. Losses of before format 5 go: nobody knows against which tasks they were
-        measured."""
+        measured. Before format 6 labels had no means."""
         saved.setdefault("scale", torch.ones(len(saved["V"])))
         if "against" not in saved:
             saved |= {"losses": saved["losses"][:0], "against": torch.zeros(0, dtype=torch.int64)}
         if saved["rest"].ndim == 1:
             saved["rest"] = saved["rest"][:, None, None]
         rank, dim = saved["V"].shape
-        sizes = saved["rest"].shape[1], *(len(saved[name]) for name in ("quantiles", "losses", "against"))
-        made = cls(dim, rank, *sizes)
+        saved.setdefault("label_offsets", torch.zeros(0, dim, dtype=torch.int8))
+        saved.setdefault("label_scale", torch.zeros(0))
+        sizes = (len(saved[name]) for name in ("quantiles", "losses", "against", "label_scale"))
+        made = cls(dim, rank, saved["rest"].shape[1], *sizes)
         made.V = made.V.to(saved["V"].dtype)
         return made
+
+    def label_means(self) -> Tensor:
+        """[L, D] fp32, to 8 bits of how far they are from the task's; [0, D] where no labels are known."""
+        return self.mean.float() + self.label_offsets * self.label_scale[:, None]
 
     def keep_losses(self, losses: Tensor | None, against: Sequence[int] = ()) -> None:
         """Replace the losses; None leaves none."""

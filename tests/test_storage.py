@@ -130,7 +130,7 @@ def test_a_pool_of_format_3(tmp_path):
     assert torch.equal(old.pool.metric.scatter, stored["metric.scatter"])
     assert torch.equal(old.route(embeddings=query).indices, model.route(embeddings=query).indices)
     old.save_pretrained(folder / "again")
-    assert json.loads((folder / "again" / "slm_config.json").read_text())["format"] == 5
+    assert json.loads((folder / "again" / "slm_config.json").read_text())["format"] == 6
     again = SLMModel.from_pretrained(tiny_base("llama"), folder / "again")
     assert torch.equal(again.route(embeddings=query).scores, old.route(embeddings=query).scores)
     again.remove_task("topic")

@@ -41,7 +41,8 @@ class SLM(Method):
         task, runner, model = self.tasks[stage], self.runner, self.model
         texts = [example.text for example in task.train]
         options = dict(seed=self.seed(task), progress=runner.progress)
-        model.add_task(task.name, texts, labels=task.labels, **options)
+        answers = [example.target for example in task.train]
+        model.add_task(task.name, texts, answers=answers, labels=task.labels, **options)
         train, held_out = self.split(task)
         settings = dict(task=task.name, max_length=runner.max_length)
         try:

@@ -12,12 +12,12 @@ from slm_fast.continual.tasks import Task
 from slm_fast.linear_probe import TEXTS_A_LABEL
 from slm_fast.pool import KnowledgePool
 from slm_fast.storage import base_fingerprint, load_pool, read_index, save_pool
-from slm_fast.task_statistics import module_key
+from slm_fast.task_statistics import module_key, num_labels
 
 COST_NAME = "cost.json"
 NO_MATTER = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps")
 NO_MATTER += ("save_steps", "save_total_limit")  # of the training arguments
-OF_RETRIEVAL = ("twin_share", "min_similarity", "coverage", "taper", "faiss_above")  # of the config
+OF_RETRIEVAL = ("twin_share", "min_similarity", "coverage", "taper", "faiss_above", "label_keys")
 ANY_RANK = 512  # stands in a folder's name for a `statistics_rank` that training does not depend on
 
 
@@ -44,7 +44,7 @@ class TrainedTasks:
         for task in method.learnt_at(stage):
             _keep_statistics(pool, task, method)
             queries = _queries(task, method) if own.config.temperature == "auto" else None
-            own.take_task(pool, task.name, queries)
+            own.take_task(pool, task.name, queries, _answers(task))
         return json.loads((place / COST_NAME).read_text(encoding="utf8"))
 
     def keep(self, method: Method, stage: int, cost: dict) -> None:
@@ -96,11 +96,16 @@ def _keep_statistics(pool: KnowledgePool, task: Task, method: Method) -> None:
         return
     old = pool.metric.tasks[module_key(task.name)]
     rank = method.model.pool.new_metric(len(old.mean)).rank
-    if old.is_kept_in(rank):
+    answers = _answers(task) if method.model.slm_config.label_keys else None
+    if old.is_kept_in(rank) and len(old.label_scale) == num_labels(answers):
         return
     pool.metric.remove(task.name)
     pool.metric.rank = rank
-    pool.metric.update(task.name, _queries(task, method).to(pool.keys))
+    pool.metric.update(task.name, _queries(task, method).to(pool.keys), answers)
+
+
+def _answers(task: Task) -> list[str]:
+    return [row.target for row in task.train]
 
 
 def _queries(task: Task, method: Method) -> Tensor:

@@ -1,0 +1,80 @@
+"""Tasks found by keys of their labels: what is searched, and from the labels found to a task's entries."""
+
+import torch
+from torch import Tensor, nn
+
+from slm_fast import ops
+from slm_fast.config import SLMConfig
+from slm_fast.routing import Routing
+from slm_fast.task_statistics import module_key
+
+
+def has_label_keys(config: SLMConfig) -> bool:
+    """Whether tasks are found by them, if the metric has statistics: where rows are routed each by itself, to
+    a task before its entries."""
+    return config.label_keys and config.weighting == "task" and config.mixing == "instance"
+
+
+def label_index(pool, metric: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Label keys as a metric searches them: c [L, D], beta [L] and the numbers of their tasks [L]; see
+    `Whitened.index_labels`."""
+    none = pool.keys[:0]
+    labels, means, counts, numbers = [none], [none], [], []
+    if metric.has_statistics and has_label_keys(pool.config):
+        for number, info in pool.tasks_by_number.items():
+            key = module_key(info.name)
+            known = pool.metric.tasks[key] if key in pool.metric.tasks else None
+            if known is not None and len(known.label_scale):
+                labels.append(known.label_means().to(none))
+                means.append(known.mean[None].to(none))
+                counts.append(len(known.label_scale))
+                numbers.append(number)
+    counts, numbers = (torch.tensor(n, dtype=torch.int64, device=none.device) for n in (counts, numbers))
+    if not len(counts):
+        return none, pool.index_bias[:0], numbers
+    task = torch.arange(len(counts), device=none.device).repeat_interleave(counts)
+    return *metric.index_labels(torch.cat(labels), torch.cat(means), task), numbers[task]
+
+
+def with_entries(pool, features: Tensor, routing: Routing) -> Routing:
+    """A search by label keys, with entries in their place: of the tasks among a row's picks the `top_k`
+    best entries, where the best of a task has the task's score and the others are as far behind it as by
+    their own keys."""
+    if not pool.num_labels:
+        return routing
+    indices, weights, scores, _ = routing
+    labels = (indices >= pool.num_slots).any(1, keepdim=True)
+    if not bool(labels.any()):
+        return routing
+    task, found = pool.index_task[indices.long()], scores > -torch.inf
+    entries, rank = _entries_of(pool, task[:, 0], features, scores[:, 0])
+    other = found & (task != task[:, :1])
+    if bool(other.any()):
+        parts = [(entries, rank)]
+        for pick in range(1, task.shape[1]):
+            new = other[:, pick] & (task[:, :pick] != task[:, pick, None]).all(1)
+            if bool(new.any()):
+                number = torch.where(new, task[:, pick], task[:, 0])  # others' scores make them no picks
+                best = scores[:, pick].masked_fill(~new, -torch.inf)
+                parts.append(_entries_of(pool, number, features, best))
+        entries, rank = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+        rank, order = rank.sort(dim=1, descending=True, stable=True)
+        entries, rank = entries.gather(1, order)[:, : task.shape[1]], rank[:, : task.shape[1]]
+    kept = (weights != 0).any(1, keepdim=True) & (rank > -torch.inf)  # not below the floor
+    new = entries, kept.to(weights), rank
+    if not bool(labels.all()):
+        new = (torch.where(labels, *pair) for pair in zip(new, routing[:3], strict=True))
+    return Routing(*new, routing.pool_version)
+
+
+def _entries_of(pool, number: Tensor, features: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """The `top_k` best entries of the task `number` [B] of each row, [B, top_k] int32, and their scores,
+    moved so that the first has the score `best` [B]."""
+    numbers = sorted(set(number.tolist()))
+    slots = [slot for n in numbers for slot in pool.tasks_by_number[n].slots]
+    slots = torch.tensor(slots, device=number.device)
+    own = pool.slot_task[slots] == number[:, None] if len(numbers) > 1 else None
+    features, options = pool.how_to_search(features, pool.metric)
+    keys, bias = pool.index_keys[slots], pool.index_bias[slots]
+    picked, _, scores = ops.key_search(features, keys, bias, own, **options, backend=pool.backend)
+    return slots[picked.long()].to(picked), best[:, None] + (scores - scores[:, :1])
