@@ -230,7 +230,7 @@ def growth(query: Tensor, encoder: Encoder, text: str) -> dict:
         pool = KnowledgePool(SLMConfig(), {"none": (1, 1)})
         generator = torch.Generator().manual_seed(count)
         keys = torch.randn(4 * count, query.shape[1], generator=generator)
-        pool.add_task("all", keys)  # a search does not know whose keys they are
+        pool.add_task("all", keys)  # whose keys they are makes no difference to a search among entries
         searches[str(count)] = lambda pool=pool: pool.search(query[:1])
     times = {name: 1e3 * statistics.median(t) for name, t in interleaved(searches, 20).items()}
     times["encoding"] = encoding(encoder, text)

@@ -48,7 +48,9 @@ def learn(
     model = SLMModel.from_pretrained(base, folder, encoder=encoder, tokenizer=tokenizer)
     model.remove_task(task.name)
     texts = [row.text for row in task.train]
-    model.add_task(task.name, texts, labels=task.labels, init=start, seed=draw, progress=False)
+    answers = [row.target for row in task.train]
+    options = dict(init=start, seed=draw, progress=False)
+    model.add_task(task.name, texts, answers=answers, labels=task.labels, **options)
     before = accuracy(model, task)
     transformers.set_seed(draw)
     args = default_arguments("unused", num_train_epochs=epochs, seed=draw, save_strategy="no")

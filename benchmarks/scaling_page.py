@@ -39,7 +39,10 @@ def costs_section() -> list[str]:
         rows.append([shape.name, *(amount(size) for size in cells)])
     header = ["rank 8, all linears, bf16", "factors of an entry", "its keys", "factors of a task of 4"]
     header += ["its statistics", "a task in all"]
-    words = "Slabs and slots double when they are full, so a pool may hold up to twice its factors and keys."
+    label = amount(Pool(4).of_a_label)
+    words = f"""Slabs and slots double when they are full, so a pool may hold up to twice its factors and
+keys. A task that is found by its labels (`label_keys`) takes {label} more for each; a label is searched as
+an entry is, which the times below do not count."""
     return ["## What an entry and a task take", "", words, "", *table(header, rows)]
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 SLOT_BYTES = 4 + 4 + 4 + 1 + 8 + 8 + 8  # of a slot: start, rank, scaling, active, two versions, task
+SEARCHED_BYTES = 8 + 1  # of a key that is searched: its task's number, whether its task is found by it
 DIRECTION_BYTES, QUANTILES = 1 << 20, 1001  # of a task's statistics; `task_statistics`
 CODE_BYTES = 12  # of a key beside its codes: scale and two norms
 GROUP, BLOCK = 16, 32  # queries that share a pass over the codes, keys of a block of them (csrc/cpu)
@@ -198,7 +199,7 @@ class Pool:
         memory."""
         codes = 32 * math.ceil(self.entries / 32) * (8 * math.ceil(self.dim / 8) + CODE_BYTES)
         kept = doubled(self.entries, 8) * (4 * self.dim + SLOT_BYTES)
-        return kept + self.entries * 4 * (self.dim + 1) + codes
+        return kept + self.entries * (4 * (self.dim + 1) + SEARCHED_BYTES) + codes
 
     @property
     def statistics(self) -> int:
@@ -207,13 +208,22 @@ class Pool:
         task = rank * (self.dim + 4) + self.dim * (8 + 4 * self.states) + 4 * QUANTILES
         return round(self.tasks * task + 4 * self.dim**2)
 
+    @property
+    def of_a_label(self) -> int:
+        """Bytes of a label by which its task is found: of its mean in the statistics, and of its key and its
+        codes, which are searched."""
+        return (self.dim + 4) + 4 * (self.dim + 1) + (self.dim + CODE_BYTES) + SEARCHED_BYTES
+
     def learnt(self, shape: Shape) -> int:
         """Numbers that a task learns."""
         return self.per_task * self.rank * shape.features
 
     def of_an_entry(self, shape: Shape) -> tuple[int, int]:
         """(bytes of its factors, of its keys and codes), without room to grow."""
-        return self.rank * shape.features * self.size, 9 * self.dim + CODE_BYTES + SLOT_BYTES + 4
+        return (
+            self.rank * shape.features * self.size,
+            9 * self.dim + CODE_BYTES + SLOT_BYTES + SEARCHED_BYTES + 4,
+        )
 
     def memory(self, shape: Shape) -> int:
         return self.factors(shape) + self.index + self.statistics

@@ -55,10 +55,12 @@ class SLMConfig:
         key_method: "group_avg", "kmeans" or "paper".  key_masking: probability that "paper" hides a key for a
             step.  key_learning_rate, key_epochs, key_batch_size: of its training, by AdamW. The authors' two
             or three epochs at 1e-3 are for their tasks of up to 200,000 texts.
-        label_keys: whitened, weighting "task": whether a task whose answers are told when it is added is
-            found by a key for each of its labels, whose score is half that of the label's texts' mean and
-            half that of the task's, in place of the keys of its entries, which pick among these alone then.
-            It takes D + 4 bytes a label in the statistics, 4 D (and D of codes) where it is searched.
+        label_keys: whitened, weighting "task", mixing "instance": whether a task whose answers are told when
+            it is added is found by keys of its labels: the answers that 4 or more of its texts have, if half
+            of its texts have one. A label key's score is half that of the mean of the label's texts and half
+            that of the task's. They stand in place of the entries' keys, which then pick among the entries of
+            a task that was found. A label takes D + 4 bytes in the statistics (its mean is that of 4 texts or
+            more) and 5 D where it is searched.
         init: where new entries start: "zero" (they change nothing yet) or "retrieved" (the mixture that the
             task's texts get from the entries that are there, and the heads of tasks with the same labels).
         head_init: where a task's classification head starts when its training does: "probe" (a logistic

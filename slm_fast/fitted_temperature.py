@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slm_fast.keys import TEMPERATURES, learn_keys
 from slm_fast.label_keys import has_label_keys, label_index
-from slm_fast.task_statistics import label_means, module_key
+from slm_fast.task_statistics import common_labels, label_means, module_key
 
 
 @torch.no_grad()
@@ -23,22 +23,23 @@ def held_out_losses(pool, query: Tensor, answers: Sequence[str] | None = None) -
     fitted = pool.config.temperature == "auto" and pool.tasks
     if not fitted or not part or len(query) - part < num_keys:
         return None
+    pool.fresh_index()
     query = query.to(pool.keys)
     order = torch.randperm(len(query), generator=torch.Generator().manual_seed(0)).to(query.device)
     held_out, rest = query[order[:part]], query[order[part:]]
     metric = pool.metric.only([*pool.tasks])
     metric.update("", rest)
-    of_rest = [answers[n] for n in order[part:].tolist()] if answers is not None else None
-    own = label_means(rest, of_rest if has_label_keys(pool.config) else None)
-    if len(own):
-        mean = rest.mean(0, keepdim=True)
-        mine = metric.index_labels(own, mean, torch.zeros(len(own), dtype=torch.int64, device=own.device))
+    labels = common_labels(answers) if has_label_keys(pool.config) else []
+    if labels:
+        own = label_means(rest, [answers[n] for n in order[part:].tolist()], labels)
+        of_task = torch.zeros(len(own), dtype=torch.int64, device=own.device)
+        mine = metric.index_labels(own, rest.mean(0, keepdim=True), of_task)
     else:
         own = learn_keys(rest, num_keys, metric, pool.config, "group_avg")
         mine = metric.index(own)
     entries = pool.searched[: pool.num_slots].nonzero().flatten()
-    *labels, number = label_index(pool, metric)
-    keys, bias = map(torch.cat, zip(mine, metric.index(pool.keys[entries]), labels, strict=True))
+    *others, number = label_index(pool, metric)
+    keys, bias = map(torch.cat, zip(mine, metric.index(pool.keys[entries]), others, strict=True))
     new = torch.full((len(own),), pool.num_taken, device=own.device)
     task = torch.cat([new, pool.slot_task[entries], number])
     _, number = task.unique(return_inverse=True)

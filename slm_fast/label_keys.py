@@ -1,5 +1,7 @@
 """Tasks found by keys of their labels: what is searched, and from the labels found to a task's entries."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,14 @@ from slm_fast import ops
 from slm_fast.config import SLMConfig
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
+
+
+def checked_answers(answers: Sequence[str], count: int) -> list[str]:
+    """The answers to `count` texts. Raises ValueError unless they are as many strings."""
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    if len(answers) != count or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answers must be {count} strings, one for each text, got {len(answers)}")
+    return answers
 
 
 def has_label_keys(config: SLMConfig) -> bool:
@@ -25,7 +35,7 @@ def label_index(pool, metric: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
             key = module_key(info.name)
             known = pool.metric.tasks[key] if key in pool.metric.tasks else None
             if known is not None and len(known.label_scale):
-                labels.append(known.label_means().to(none))
+                labels.append(known.means_of_labels().to(none))
                 means.append(known.mean[None].to(none))
                 counts.append(len(known.label_scale))
                 numbers.append(number)
@@ -37,34 +47,35 @@ def label_index(pool, metric: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def with_entries(pool, features: Tensor, routing: Routing) -> Routing:
-    """A search by label keys, with entries in their place: of the tasks among a row's picks the `top_k`
-    best entries, where the best of a task has the task's score and the others are as far behind it as by
-    their own keys."""
-    if not pool.num_labels:
+    """A search by label keys, with entries in their place: of the tasks among a row's picks the `top_k` best
+    entries, where the best of a task has the task's score and the others are as far behind it as by their own
+    keys. Rows that picked no label are left alone."""
+    by_label = (routing.indices >= pool.num_slots).any(1)
+    if not bool(by_label.any()):
         return routing
-    indices, weights, scores, _ = routing
-    labels = (indices >= pool.num_slots).any(1, keepdim=True)
-    if not bool(labels.any()):
-        return routing
+    if not bool(by_label.all()):
+        rows = by_label.nonzero().flatten()
+        own = with_entries(pool, features[rows], routing.rows(rows))
+        return Routing(*(t.index_copy(0, rows, o) for t, o in zip(routing, own, strict=True)))
+    indices, weights, scores, version = routing
     task, found = pool.index_task[indices.long()], scores > -torch.inf
     entries, rank = _entries_of(pool, task[:, 0], features, scores[:, 0])
     other = found & (task != task[:, :1])
     if bool(other.any()):
-        parts = [(entries, rank)]
-        for pick in range(1, task.shape[1]):
-            new = other[:, pick] & (task[:, :pick] != task[:, pick, None]).all(1)
-            if bool(new.any()):
-                number = torch.where(new, task[:, pick], task[:, 0])  # others' scores make them no picks
-                best = scores[:, pick].masked_fill(~new, -torch.inf)
-                parts.append(_entries_of(pool, number, features, best))
+        parts, num_picks = [(entries, rank)], task.shape[1]
+        for pick in range(1, num_picks):
+            first = other[:, pick] & (task[:, :pick] != task[:, pick, None]).all(1)  # of its task
+            rows = first.nonzero().flatten()
+            if len(rows):
+                more = _entries_of(pool, task[rows, pick], features[rows], scores[rows, pick])
+                parts.append((torch.zeros_like(entries), torch.full_like(rank, -torch.inf)))
+                for whole, own in zip(parts[-1], more, strict=True):
+                    whole[rows] = own
         entries, rank = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
         rank, order = rank.sort(dim=1, descending=True, stable=True)
-        entries, rank = entries.gather(1, order)[:, : task.shape[1]], rank[:, : task.shape[1]]
+        entries, rank = entries.gather(1, order)[:, :num_picks], rank[:, :num_picks]
     kept = (weights != 0).any(1, keepdim=True) & (rank > -torch.inf)  # not below the floor
-    new = entries, kept.to(weights), rank
-    if not bool(labels.all()):
-        new = (torch.where(labels, *pair) for pair in zip(new, routing[:3], strict=True))
-    return Routing(*new, routing.pool_version)
+    return Routing(entries, kept.to(weights), rank, version)
 
 
 def _entries_of(pool, number: Tensor, features: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,4 +88,5 @@ def _entries_of(pool, number: Tensor, features: Tensor, best: Tensor) -> tuple[T
     features, options = pool.how_to_search(features, pool.metric)
     keys, bias = pool.index_keys[slots], pool.index_bias[slots]
     picked, _, scores = ops.key_search(features, keys, bias, own, **options, backend=pool.backend)
-    return slots[picked.long()].to(picked), best[:, None] + (scores - scores[:, :1])
+    behind = torch.where(scores > -torch.inf, scores - scores[:, :1], -torch.inf)
+    return slots[picked.long()].to(picked), best[:, None] + behind

@@ -18,6 +18,7 @@ from slm_fast.backbone_encoder import backbone_of, base_tokenizer
 from slm_fast.config import INITS, KEY_METHODS, SLMConfig
 from slm_fast.encoder import Encoder, check_texts, make_encoder, mean_pool
 from slm_fast.fast_forward import patch_model, unpatch_model
+from slm_fast.label_keys import checked_answers
 from slm_fast.layers import RoutingScope, checkpoint_contexts, default_pool
 from slm_fast.loading import with_pad_token
 from slm_fast.pool import KnowledgePool, TaskInfo
@@ -113,12 +114,13 @@ class SLMModel(nn.Module):
     ) -> TaskInfo:
         """Phase 1: make a new task's keys from its texts. With `labels` the task gets a classification head.
 
-        answers: to the texts, one each: names of labels, or what is to be generated. Where they repeat, 4
-        texts an answer or more, the task is found by a key for each (the config's `label_keys`).  method:
-        "group_avg", "kmeans" or "paper".  init: "zero"; or "retrieved": the entries start from the mixture
-        that the texts get without them, as near as their ranks allow. None takes the config's. Raises
-        ValueError on an unknown method or init, a start other than "zero" with a scaling of 0, too few texts,
-        a taken name, another number of answers or non-finite embeddings; nothing is changed then.
+        answers: to the texts, one string each: names of labels, or what is to be generated. Where at least
+        half of the texts have an answer that 4 or more have, the task is found by a key for each of these
+        (the config's `label_keys`).  method: "group_avg", "kmeans" or "paper".  init: "zero"; or "retrieved":
+        the entries start from the mixture that the texts get without them, as near as their ranks allow. None
+        takes the config's. Raises ValueError on an unknown method or init, a start other than "zero" with a
+        scaling of 0, too few texts, a taken name, answers that are not a string for each text or non-finite
+        embeddings; nothing is changed then.
         """
         method, init = method or self.slm_config.key_method, init or self.slm_config.init
         if method not in KEY_METHODS:
@@ -129,6 +131,9 @@ class SLMModel(nn.Module):
             raise ValueError(f"init={init!r} needs a scaling other than 0")
         if name in self.pool.tasks:
             raise ValueError(f"the pool already has a task {name!r}")
+        given = texts if texts is not None else embeddings
+        if answers is not None and given is not None:
+            answers = checked_answers(answers, len(given))
         query = self.router.queries(texts, embeddings, progress).to(self.pool.keys.device)
         bar = (lambda steps: tqdm(steps, desc=f"keys of {name}", leave=False)) if progress else None
         keys = self.pool.learn_keys(query, method, seed, bar)

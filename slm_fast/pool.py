@@ -15,7 +15,7 @@ from slm_fast.factors import Factors, grown
 from slm_fast.faiss_index import FaissIndex
 from slm_fast.fitted_temperature import drop_losses, held_out_losses, keep_losses
 from slm_fast.keys import METRIC_CLASSES, learn_keys
-from slm_fast.label_keys import label_index, with_entries
+from slm_fast.label_keys import checked_answers, has_label_keys, label_index, with_entries
 from slm_fast.reference import KeyCodes
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
@@ -88,12 +88,14 @@ class KnowledgePool(nn.Module):
         self.register_buffer("slot_task", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("row_entry", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("keys", torch.zeros(0, 0))
-        # What is searched: keys of entries, by slot, and behind them the label keys of tasks that have some,
-        # the number of whose task, and whether a row that may go to any task is compared with it.
-        self.register_buffer("index_keys", torch.zeros(0, 0))
-        self.register_buffer("index_bias", torch.zeros(0))
+        # What is searched, made of the rest: keys of entries, by slot, and behind them label keys; the number
+        # of each one's task; whether it is what its task is found by.
+        self.register_buffer("index_keys", torch.zeros(0, 0), persistent=False)
+        self.register_buffer("index_bias", torch.zeros(0), persistent=False)
         self.register_buffer("index_task", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("searched", torch.zeros(0, dtype=torch.bool), persistent=False)
+        self.num_label_keys = 0
+        self._indexed_labels: bool | None = None  # whether there may be label keys; None: the index is stale
         self.metric: nn.Module | None = None
         self._faiss: FaissIndex | None = None  # dropped whenever what is searched changes
         self._codes: KeyCodes | None = None  # of index_keys, made by the first search on the CPU
@@ -192,10 +194,29 @@ class KnowledgePool(nn.Module):
     ) -> TaskInfo:
         """Add one entry per row of `keys` [M, D]; A starts as in PEFT (Kaiming uniform), B at zero.
 
-        `queries` [N, D] update the metric's statistics; with the `answers` to them, by text, the task gets
-        label keys. `labels` with `hidden_size` add a classification head, at zero.
-        Raises ValueError when the name is taken, a key is not finite or has another size.
+        `queries` [N, D] update the metric's statistics; with the `answers` to them, a string each, the task
+        gets label keys. `labels` with `hidden_size` add a classification head, at zero.
+        Raises ValueError when the name is taken, a key is not finite or has another size, or answers are not
+        one for each query.
         """
+        info = self._add(
+            name,
+            keys,
+            rank=rank,
+            scaling=scaling,
+            labels=labels,
+            hidden_size=hidden_size,
+            queries=queries,
+            answers=answers,
+            generator=generator,
+        )
+        self.refresh_index(None if queries is not None and self.metric.has_statistics else info.slots)
+        return info
+
+    def _add(
+        self, name, keys, *, rank, labels, hidden_size, generator, scaling=None, queries=None, answers=None
+    ) -> TaskInfo:
+        """`add_task`, without what is searched."""
         if name in self.tasks:
             raise ValueError(f"the pool already has a task {name!r}")
         if not name or "/" in name or "\\" in name or name.startswith(".") or name == "__base__":
@@ -207,9 +228,9 @@ class KnowledgePool(nn.Module):
             raise ValueError(f"labels of task {name!r} must be distinct and not empty")
         if labels is not None and hidden_size is None:
             raise ValueError("labels need hidden_size")
-        answers = answers if self.config.label_keys else None
-        if answers is not None and (queries is None or len(answers) != len(queries)):
-            raise ValueError(f"answers has {len(answers)} texts: it needs queries, and one of each")
+        if answers is not None:
+            answers = checked_answers(answers, 0 if queries is None else len(queries))
+            answers = answers if self.config.label_keys else None
         num = keys.shape[0]
         ranks = list(rank) if isinstance(rank, (list, tuple)) else [rank or self.config.r] * num
         if len(ranks) != num or min(ranks) < 1:
@@ -248,7 +269,6 @@ class KnowledgePool(nn.Module):
             self.heads[module_key(name)] = head.requires_grad_(False)
         self.tasks[name] = self.tasks_by_number[self.num_taken] = info
         self.num_taken += 1
-        self.refresh_index(None if queries is not None and self.metric.has_statistics else info.slots)
         return info
 
     def take_task(
@@ -268,6 +288,7 @@ class KnowledgePool(nn.Module):
         self.check_take(other, name)
         losses = None if queries is None else held_out_losses(self, queries, answers)
         info = self._take(other, name)
+        self.refresh_index(None if self.metric.has_statistics else info.slots)
         if queries is not None:
             keep_losses(self, name, losses)
         drop_losses(self)
@@ -280,13 +301,16 @@ class KnowledgePool(nn.Module):
         for name in names:
             self.check_take(other, name)
         infos = [self._take(other, name) for name in names]
+        if infos:
+            slots = [slot for info in infos for slot in info.slots]
+            self.refresh_index(None if self.metric.has_statistics else slots)
         drop_losses(self)
         return infos
 
     @torch.no_grad()
     def _take(self, other: "KnowledgePool", name: str) -> TaskInfo:
         theirs, head = other.task(name), other.head(name)
-        info = self.add_task(
+        info = self._add(
             name,
             other.keys[theirs.slots],
             rank=other.rank[theirs.slots].tolist(),
@@ -303,7 +327,6 @@ class KnowledgePool(nn.Module):
             self.head(name).load_state_dict(head.state_dict())
         if self.metric.has_statistics and module_key(name) in other.metric.tasks:
             self.metric.take(name, copy.deepcopy(other.metric.tasks[module_key(name)]))
-            self.refresh_index()
         return info
 
     def check_take(self, other: "KnowledgePool", name: str) -> None:
@@ -359,10 +382,9 @@ class KnowledgePool(nn.Module):
         if info.labels is not None:
             del self.heads[module_key(name)]
         del self.tasks[name], self.tasks_by_number[int(self.slot_task[info.slots[0]])]
+        self.searched[info.slots] = False
         if self.metric is not None and self.metric.remove(name):
             self.refresh_index()
-        else:
-            self._mark_searched()
         drop_losses(self)
 
     def new_metric(self, dim: int) -> nn.Module:
@@ -468,7 +490,7 @@ class KnowledgePool(nn.Module):
         self._faiss = self._codes = None
         self.version += 1
         self.factors_version.fill_(self.version)
-        self._mark_searched()
+        self._indexed_labels = None
 
     def __getstate__(self) -> dict:
         """Neither a FAISS index nor codes are pickled or copied: the copy makes its own."""
@@ -478,36 +500,34 @@ class KnowledgePool(nn.Module):
 
     def refresh_index(self, slots: list[int] | None = None) -> None:
         """Recompute what is searched from the raw keys: of some slots, or of all after the metric changed."""
-        self._faiss, count = None, self.num_slots
-        if slots is None or self.index_keys.shape[1] != self.keys.shape[1] or self.num_labels:
+        self._faiss, count, before = None, self.num_slots, len(self.index_keys) - self.num_label_keys
+        with_labels, dim = has_label_keys(self.config), self.keys.shape[1]
+        if slots is None or self.index_keys.shape[1] != dim or self._indexed_labels != with_labels:
             keys, bias = self.metric.index(self.keys[:count])
             labels, label_bias, label_task = label_index(self, self.metric)
             self.index_keys = torch.cat([keys, labels])
             self.index_bias = torch.cat([bias.masked_fill(~self.active[:count], 0.0), label_bias])
-            self._codes = None
+            self.num_label_keys, self._indexed_labels, self._codes = len(labels), with_labels, None
         else:
-            label_task = self.index_task[:0]
-            if len(self.index_keys) < count:
+            label_task = self.index_task[before:]
+            if before < count:
                 self.index_keys, self.index_bias = (
-                    grown(t, count) for t in (self.index_keys, self.index_bias)
+                    torch.cat([grown(t[:before], count), t[before:]])
+                    for t in (self.index_keys, self.index_bias)
                 )
                 self._codes = None
             self.index_keys[slots], self.index_bias[slots] = self.metric.index(self.keys[slots])
             if self._codes is not None:
                 ops.key_codes(self.index_keys, out=self._codes, rows=slots, backend=self.backend)
-        self.index_task = torch.cat([self.slot_task[:count], label_task])
-        self._mark_searched()
+        entries = self.slot_task[:count]
+        self.index_task = torch.cat([entries, label_task])
+        plain = self.active[:count] & ~torch.isin(entries, label_task.unique_consecutive())
+        self.searched = torch.cat([plain, torch.ones_like(label_task, dtype=torch.bool)])
 
-    @property
-    def num_labels(self) -> int:
-        """Label keys that are searched."""
-        return max(len(self.index_task) - self.num_slots, 0)
-
-    def _mark_searched(self) -> None:
-        """Compare rows that may go to any task with the label keys, and with the entries of tasks without."""
-        entries, labels = self.index_task.tensor_split([self.num_slots])
-        without = self.active[: len(entries)] & ~torch.isin(entries, labels)
-        self.searched = torch.cat([without, torch.ones_like(labels, dtype=torch.bool)])
+    def fresh_index(self) -> None:
+        """Make what is searched anew where the settings have changed, or what it is made of was loaded."""
+        if self._indexed_labels != has_label_keys(self.config):
+            self.refresh_index()
 
     def _index_codes(self) -> KeyCodes | None:
         """Codes of `index_keys`, a quarter of their bytes, where a search reads them."""
@@ -537,6 +557,7 @@ class KnowledgePool(nn.Module):
         if not self.names:
             raise ValueError("the pool has no entries yet; add a task first")
         self._check_queries(query, "query")
+        self.fresh_index()
         query = query.to(self.keys)
         config, mask = self.config, self._task_mask(tasks) if isinstance(tasks, str) else self.searched
         if tasks is not None and not isinstance(tasks, str):
@@ -557,7 +578,9 @@ class KnowledgePool(nn.Module):
             options |= dict(codes=self._index_codes(), backend=self.backend)
             found = ops.key_search(features, self.index_keys, self.index_bias, mask, **options)
         routing = Routing.make(*found, self.version)
-        routing = self._weighted(with_entries(self, features, routing))
+        if self.num_label_keys:
+            routing = with_entries(self, features, routing)
+        routing = self._weighted(routing)
         if (calibrated or config.twin_share) and not isinstance(tasks, str):
             free = [task is None for task in ([None] * len(query) if tasks is None else tasks)]
             free = torch.tensor(free, dtype=torch.bool, device=query.device)
@@ -576,6 +599,7 @@ class KnowledgePool(nn.Module):
 
     def search_among(self, query: Tensor, name: str, metric: nn.Module | None = None) -> Routing:
         """Route queries [B, D] among the entries of a task, without a floor; by another metric, if given."""
+        self.fresh_index()
         slots = torch.tensor(self.task(name).slots, device=self.keys.device)
         features, options = self.how_to_search(query.to(self.keys), metric or self.metric)
         keys, bias = (
@@ -678,9 +702,8 @@ class KnowledgePool(nn.Module):
         return mass.scatter_add_(1, column[routing.indices.long()], routing.weights), names
 
     def _task_mask(self, name: str) -> Tensor:
-        mask = torch.zeros(len(self.index_keys), dtype=torch.bool, device=self.active.device)
-        mask[self.task(name).slots] = True
-        return mask
+        """Of what is searched, [R] bool: what the task is found by."""
+        return self.searched & (self.index_task == self.slot_task[self.task(name).slots[0]])
 
     def _check_queries(self, query: Tensor, what: str) -> None:
         if query.ndim != 2 or (self.query_dim is not None and query.shape[1] != self.query_dim):

@@ -1,5 +1,6 @@
 """What the metric keeps of a task's queries: moments in a few directions, never examples."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ LEVELS = 127  # of a direction's codes, on either side of 0
 DIRECTION_BYTES = 1 << 20  # of a task's directions, where their number is not told
 FOLDS = 5
 STEPS = 16  # of a tapering floor
-TEXTS_A_LABEL = 4  # on average, from which on labels have keys
+MIN_TEXTS_A_LABEL = 4  # from which on a label has a key, and its mean is that of no single text
 NUM_QUANTILES = 1001
 
 
@@ -109,22 +110,29 @@ def nearest_positive(matrices: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0)[:, None] @ vectors.mT).float()
 
 
-def num_labels(answers: Sequence[str] | None) -> int:
-    """The distinct answers to a task's texts, if they are labels: 0 where all are the same, or there are
-    fewer than 4 texts an answer, as of free text."""
-    distinct = len(set(answers or ()))
-    return distinct if 1 < distinct <= len(answers or ()) / TEXTS_A_LABEL else 0
+def common_labels(answers: Sequence[str] | None) -> list[str]:
+    """The answers that 4 or more of a task's texts have, by name; none where there is but one such, or fewer
+    than half of the texts have one, as of free text."""
+    count = Counter(answers or ())
+    names = sorted(name for name, texts in count.items() if texts >= MIN_TEXTS_A_LABEL)
+    covered = sum(count[name] for name in names)
+    return names if len(names) > 1 and 2 * covered >= len(answers) else []
 
 
-def label_means(query: Tensor, answers: Sequence[str] | None) -> Tensor:
-    """The mean of the queries [N, D] of each of the `num_labels` answers, by their names: [L, D] fp32."""
-    if not num_labels(answers):
+def label_means(query: Tensor, answers: Sequence[str], labels: Sequence[str]) -> Tensor:
+    """The mean of the queries [N, D] that have each of the labels as their answer, and, where there are other
+    answers, behind them the mean of all queries: [L, D] fp32. A label without texts has that mean too."""
+    if not labels:
         return query[:0].float()
-    names = {answer: n for n, answer in enumerate(sorted(set(answers)))}
-    number = torch.tensor([names[answer] for answer in answers], device=query.device)
-    sums = torch.zeros(len(names), query.shape[1], dtype=torch.float64, device=query.device)
+    names = {label: n for n, label in enumerate(labels)}
+    number = torch.tensor([names.get(answer, len(names)) for answer in answers], device=query.device)
+    rows = len(names) + (not names.keys() >= set(answers))
+    sums = torch.zeros(len(names) + 1, query.shape[1], dtype=torch.float64, device=query.device)
     sums.index_add_(0, number, query.double())
-    return (sums / number.bincount()[:, None]).float()
+    counts = number.bincount(minlength=len(names) + 1)[:, None]
+    counts[-1] = 0
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), query.double().mean(0))
+    return means[:rows].float()
 
 
 def _gaussian(query: Tensor) -> Gaussian:
@@ -163,7 +171,7 @@ class TaskStatistics(nn.Module):
     diagonal. Of format 3 V is in fp16 and s = 1. `quantiles`: of the held-out distances, 0 to 1. `losses`: of
     held-out texts among the task and others, at every temperature of `keys.TEMPERATURES`, if one is fitted;
     `against`: these others, by `KnowledgePool.identity`. `label_offsets` [L, D], int8, times `label_scale`:
-    how far the means of the task's labels are from its own. It stays on the CPU wherever the pool is moved.
+    how far the `label_means` are from the task's. It stays on the CPU wherever the pool is moved.
     """
 
     # Buffers whose sizes differ among tasks.
@@ -177,7 +185,7 @@ class TaskStatistics(nn.Module):
         num_quantiles: int = NUM_QUANTILES,
         num_losses: int = 0,
         num_others: int = 0,
-        num_labels: int = 0,
+        num_label_means: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
@@ -189,13 +197,13 @@ class TaskStatistics(nn.Module):
         self.register_buffer("quantiles", torch.zeros(num_quantiles))
         self.register_buffer("losses", torch.zeros(num_losses))
         self.register_buffer("against", torch.zeros(num_others, dtype=torch.int64))
-        self.register_buffer("label_offsets", torch.zeros(num_labels, dim, dtype=torch.int8))
-        self.register_buffer("label_scale", torch.zeros(num_labels))
+        self.register_buffer("label_offsets", torch.zeros(num_label_means, dim, dtype=torch.int8))
+        self.register_buffer("label_scale", torch.zeros(num_label_means))
         self._own: Gaussian | None = None
 
     @classmethod
     def of(cls, query: Tensor, rank: int, answers: Sequence[str] | None = None) -> "TaskStatistics":
-        """Of a task's queries [N, D]; with the answers to them, of its labels too."""
+        """Of a task's queries [N, D]; with the answers to them, of its `common_labels` too."""
         query = query.float().cpu()
         mean = query.double().mean(0)
         centred, states = query - mean.float(), num_states(query)
@@ -204,7 +212,7 @@ class TaskStatistics(nn.Module):
         made = cls(query.shape[1], len(V), states, NUM_QUANTILES if len(distances) else 0)
         made.count += len(query)
         made.mean, (made.V, made.scale) = mean, _in_levels(V)
-        offsets = label_means(query, answers) - mean.float()
+        offsets = label_means(query, answers, common_labels(answers)) - mean.float()
         made.label_offsets, made.label_scale = _in_levels(offsets)
         left = unit_products(centred, states) - unit_products(made.directions(), states)
         made.rest = nearest_positive(left)
@@ -239,7 +247,7 @@ class TaskStatistics(nn.Module):
         made.V = made.V.to(saved["V"].dtype)
         return made
 
-    def label_means(self) -> Tensor:
+    def means_of_labels(self) -> Tensor:
         """[L, D] fp32, to 8 bits of how far they are from the task's; [0, D] where no labels are known."""
         return self.mean.float() + self.label_offsets * self.label_scale[:, None]
 

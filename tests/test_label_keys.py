@@ -1,7 +1,9 @@
 import copy
 import hashlib
 import json
+import pickle
 
+import numpy
 import pytest
 import torch
 from conftest import DIM, clustered_embeddings, tiny_base, tiny_model
@@ -12,7 +14,7 @@ from torch import Tensor
 from slm_fast import KnowledgePool, SLMConfig, SLMModel
 from slm_fast.fitted_temperature import held_out_losses
 from slm_fast.keys import TEMPERATURES, Whitened
-from slm_fast.task_statistics import TaskStatistics, label_means, num_labels
+from slm_fast.task_statistics import TaskStatistics, common_labels, label_means
 
 LABELS = 12
 LINEARS = {"a": (8, 6)}
@@ -72,7 +74,7 @@ def by_hand(pool: KnowledgePool, query: Tensor) -> list[dict[int, float]]:
         known = metric.tasks[f"task:{name}"]
         own = score(pool.keys[pool.task(name).slots])
         if len(known.label_scale):
-            label = 0.5 * (score(known.label_means()) + score(known.mean[None]))
+            label = 0.5 * (score(known.means_of_labels()) + score(known.mean[None]))
             scores.append((label, own))
         else:
             scores.append((own, own))
@@ -110,7 +112,8 @@ def test_picks_and_weights_by_hand(top_k):
         assert weights == pytest.approx([want[slot] for slot in slots], rel=1e-3)
         several += len({int(pool.slot_task[slot]) for slot in slots}) > 1
     assert bool(several) == (top_k > 1)
-    assert (routing.scores.diff(dim=1) <= 0).all() or top_k == 7
+    finite = routing.scores.clamp(min=-1e9)
+    assert (finite.diff(dim=1) <= 0).all() and not routing.scores.isnan().any()
 
 
 def test_a_row_that_finds_its_task_is_routed_as_when_told():
@@ -121,8 +124,9 @@ def test_a_row_that_finds_its_task_is_routed_as_when_told():
     told = pool.search(query, [f"t{t}" for t in found])
     single = (free.indices // 4 == free.indices[:, :1] // 4).all(1)
     assert single.float().mean() > 0.9
-    assert torch.equal(free.indices[single], told.indices[single])
-    assert torch.equal(free.weights[single], told.weights[single])
+    assert same(free.rows(single), told.rows(single))
+    among = pool.search_among(query[:40], "t1")
+    assert torch.equal(among.indices, pool.search(query[:40], "t1").indices)
     mixed = pool.search(query[:30], [None, "t3", "t1"] * 10)
     assert torch.equal(mixed.indices[::3], free.indices[:30:3])
     assert same(mixed.rows(slice(1, None, 3)), pool.search(query[1:30:3], "t3"))
@@ -132,18 +136,42 @@ def test_a_row_that_finds_its_task_is_routed_as_when_told():
     assert pool.search(query[:3], "t2").indices.min() >= 8  # told, nothing else is looked at
 
 
-def test_floors_twins_and_faiss_go_with_them():
+def test_floors_and_faiss_go_with_them():
     query = torch.cat([intents(t, part=1, count=4)[0] for t in range(4)])
     plain = labelled_pool().search(query)
     scores = plain.scores[:, 0]
     floor = float(scores.median())
-    routing = labelled_pool(min_similarity=floor).search(query)
-    assert torch.equal(routing.weights.sum(1) > 0, scores >= floor)
+    pool = labelled_pool(min_similarity=floor)
+    assert torch.equal(pool.search(query).weights.sum(1) > 0, scores >= floor)
+    found = [pool.task_of_slot(int(slot)).split(".")[0] for slot in plain.indices[:, 0]]
+    assert torch.equal(pool.search(query, found).weights.sum(1) > 0, scores >= floor)  # told, or not
     auto = labelled_pool(min_similarity="auto", taper=None, coverage=0.5).search(query)
     kept = auto.weights.sum(1) > 0
     assert 0.2 < kept.float().mean() < 0.8 and torch.equal(auto.weights[kept], plain.weights[kept])
-    if pytest.importorskip("faiss"):
-        assert same(labelled_pool(faiss_above=4).search(query)[:2] + (scores,), plain[:2] + (scores,))
+    pytest.importorskip("faiss")
+    by_faiss = labelled_pool(faiss_above=4).search(query)
+    assert torch.equal(by_faiss.indices, plain.indices)
+    torch.testing.assert_close(by_faiss.weights, plain.weights)
+
+
+def test_near_duplicates_share_rows_that_a_label_has_found():
+    options = dict(twin_share=0.4, coverage=1.0)
+    query, answers = intents(0)
+    for top_k in (1, 2, 4):
+        pool = KnowledgePool(SLMConfig(r=2, top_k=top_k, **options), LINEARS)
+        names = sorted(set(answers))
+        for name, off in (("one", 0.0), ("two", 0.05)):
+            own = query + off
+            keys = pool.learn_keys(own, "group_avg")
+            own = dict(labels=names, hidden_size=4, queries=own, answers=answers)
+            pool.add_task(name, keys, **own)
+        routing = pool.search(intents(0, part=1, count=2)[0])
+        mass, _ = pool.task_mass(routing)
+        torch.testing.assert_close(mass.sum(1), torch.ones(len(mass)))
+        assert pool.num_label_keys == 2 * LABELS and float(mass.amin()) > 0.2
+        for row, weights in zip(routing.indices, routing.weights, strict=True):
+            used = row[weights != 0].tolist()
+            assert len(set(used)) == len(used)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +187,7 @@ def test_floors_twins_and_faiss_go_with_them():
 def test_where_rows_do_not_go_to_tasks_first_there_are_none(config):
     query = torch.cat([intents(t, part=1, count=2)[0] for t in range(4)])
     pool, without = labelled_pool(**config), labelled_pool(with_answers=False, **config)
-    assert pool.num_labels == 0 and len(pool.index_keys) == 16
+    assert pool.num_label_keys == 0 and len(pool.index_keys) == 16
     assert same(pool.search(query), without.search(query))
 
 
@@ -168,17 +196,27 @@ def test_adding_and_removing_tasks():
     pool, want = labelled_pool(3), labelled_pool(2)
     pool.remove_task("t2")
     assert torch.equal(pool.search(query).scores, want.search(query).scores)
-    assert pool.num_labels == 2 * LABELS and len(pool.index_keys) == 12 + 2 * LABELS
+    assert pool.num_label_keys == 2 * LABELS and len(pool.index_keys) == 12 + 2 * LABELS
     again, answers = intents(2)
     pool.add_task("t2", pool.learn_keys(again, "group_avg"), queries=again, answers=answers)
     three, got = labelled_pool(3).search(query), pool.search(query)  # its slots are given out anew
     assert torch.equal(three.scores, got.scores) and torch.equal(three.indices // 4, got.indices // 4)
-    pool.add_task("bare", 50 + torch.zeros(1, DIM))  # neither statistics nor labels
-    near = pool.search(50 + torch.zeros(1, DIM))
-    assert pool.task_of_slot(int(near.indices[0, 0])) == "bare"
-    assert same(pool.search(query)[:2] + (query,), got[:2] + (query,))
+    bare = 50 + torch.zeros(100, DIM)  # neither statistics nor labels, more entries than there are label keys
+    pool.add_task("bare", bare)
+    assert pool.task_of_slot(int(pool.search(bare[:1]).indices[0, 0])) == "bare"
+    assert torch.equal(pool.search(query).scores, got.scores) and torch.equal(
+        pool.search(query).indices, got.indices
+    )
+    pool.add_task("near", query[:5])
+    taken = pool.search(query[:5])
+    assert {pool.task_of_slot(int(slot)) for slot in taken.indices[:, 0]} == {"near"}
+    again = copy.deepcopy(pool)
+    again.refresh_index()
+    assert same(again.search(query), pool.search(query))
+    pool.remove_task("near")
+    assert torch.equal(pool.search(query).indices, got.indices)  # freed slots are not picked
     pool.remove_task("bare")
-    assert same(pool.search(query), got)
+    assert torch.equal(pool.search(query).indices, got.indices)
     pool.remove_task("t0")
     pool.remove_task("t1")
     pool.remove_task("t2")
@@ -191,13 +229,44 @@ def test_copies_and_taken_tasks_keep_them():
     pool = labelled_pool()
     want = pool.search(query)
     assert same(copy.deepcopy(pool).search(query), want)
+    assert same(pickle.loads(pickle.dumps(pool)).search(query), want)
     assert same(pool.only(["t0", "t1", "t2", "t3"]).search(query), want)
-    part = pool.only(["t3", "t1"])
-    assert part.num_labels == 2 * LABELS
-    assert same(pool.to("cpu").search(query), want)
-    same_tasks = labelled_pool()
-    same_tasks.load_state_dict(pool.state_dict())
-    assert same(same_tasks.search(query), want)
+    assert pool.only(["t3", "t1"]).num_label_keys == 2 * LABELS
+    apart = labelled_pool(1)
+    for t in (1, 2, 3):
+        apart.take_task(pool, f"t{t}")
+    assert same(apart.search(query), want)
+    assert same(pool.to(torch.bfloat16).search(query), want)
+
+
+def test_a_state_dict_brings_its_labels():
+    """Into a pool with as many entries, whose tasks were added without answers or have others."""
+    query = torch.cat([intents(t, part=1, count=3)[0] for t in range(4)])
+    pool = labelled_pool()
+    want = pool.search(query)
+    without, others = labelled_pool(with_answers=False), labelled_pool()
+    others.metric.tasks["task:t0"].label_offsets.zero_()
+    for other in (without, others):
+        other.refresh_index()
+        assert not torch.equal(other.search(query).scores, want.scores)
+        other.load_state_dict(pool.state_dict())
+        assert same(other.search(query), want) and other.num_label_keys == 4 * LABELS
+
+
+def test_settings_may_change_later():
+    query = torch.cat([intents(t, part=1, count=3)[0] for t in range(4)])
+    pool = labelled_pool()
+    for change in (dict(label_keys=False), dict(weighting="softmax"), dict(mixing="batch"), {}):
+        pool.config = SLMConfig(r=2, top_k=2, temperature=5.0, **change)
+        assert same(pool.search(query), labelled_pool(temperature=5.0, **change).search(query))
+
+
+def test_many_tasks_are_indexed_once(monkeypatch):
+    pool, solved = labelled_pool(), []
+    index = Whitened.index
+    monkeypatch.setattr(Whitened, "index", lambda self, keys: solved.append(len(keys)) or index(self, keys))
+    pool.only(["t0", "t1", "t2", "t3"])
+    assert sum(solved) == 16 + 4 * LABELS + 4
 
 
 def test_a_saved_pool_and_one_of_format_5(tmp_path):
@@ -221,42 +290,60 @@ def test_a_saved_pool_and_one_of_format_5(tmp_path):
     old = SLMModel.from_pretrained(tiny_base("bert"), tmp_path).pool
     model.slm_config.label_keys = False
     model.pool.refresh_index()
-    assert old.num_labels == 0 and same(old.search(query), model.route(embeddings=query))
+    assert old.num_label_keys == 0 and same(old.search(query), model.route(embeddings=query))
 
 
 def test_means_of_labels():
-    query = torch.arange(24.0).reshape(8, 3)
-    answers = ["b", "a", "b", "a", "b", "a", "a", "a"]
-    assert num_labels(answers) == 2
-    want = torch.stack([query[[1, 3, 5, 6, 7]].mean(0), query[[0, 2, 4]].mean(0)])
-    torch.testing.assert_close(label_means(query, answers), want)
-    for none in (None, [], ["a"] * 8, ["a"] * 5 + ["b", "c", "d"], list("abcdefgh")):
-        assert num_labels(none) == 0 and label_means(query, none).shape == (0, 3)
+    query = torch.arange(36.0).reshape(12, 3)
+    answers = ["b", "a"] * 4 + ["a"] * 4
+    assert common_labels(answers) == ["a", "b"]
+    want = torch.stack([query[[1, 3, 5, 7, 8, 9, 10, 11]].mean(0), query[[0, 2, 4, 6]].mean(0)])
+    torch.testing.assert_close(label_means(query, answers, ["a", "b"]), want)
+    for none in (None, [], ["a"] * 8, ["a"] * 8 + ["b"] * 3, list("abcdefgh"), [*"aaaabbbb", *"cdefghijk"]):
+        assert common_labels(none) == []
+    assert label_means(query, answers, []).shape == (0, 3)
     many, names = intents(0)
-    kept, exact = TaskStatistics.of(many, 8, names), label_means(many, names)
+    kept, exact = TaskStatistics.of(many, 8, names), label_means(many, names, common_labels(names))
     assert kept.label_offsets.dtype is torch.int8
-    off = (kept.label_means() - exact).abs().amax(1)
+    off = (kept.means_of_labels() - exact).abs().amax(1)
     assert (off <= 0.51 * kept.label_scale).all() and off.max() > 0
-    assert TaskStatistics.of(many, 8).label_means().shape == (0, DIM)
+    assert TaskStatistics.of(many, 8).means_of_labels().shape == (0, DIM)
+
+
+def test_no_single_text_is_kept():
+    """Labels of few texts have no mean of their own: the task's stands for them."""
+    query, answers = intents(0)
+    rare = ["rare"] * 3 + ["once"] + answers[4:]
+    kept = TaskStatistics.of(query, 8, rare).means_of_labels()
+    assert len(kept) == LABELS + 1
+    torch.testing.assert_close(kept[-1], query.mean(0))
+    means = label_means(query, rare, common_labels(rare))
+    torch.testing.assert_close(means[0], query[[n for n, a in enumerate(rare) if a == "l0"]].mean(0))
+    gone = label_means(query, answers, ["l0", "l1", "nobody's"])  # of part of the texts
+    torch.testing.assert_close(gone[2:], query.mean(0).expand(2, -1))
 
 
 def test_a_label_key_scores_half_its_label_and_half_its_task():
     query, answers = intents(0)
     metric = Whitened(SLMConfig(), DIM)
     metric.update("x", query, answers)
-    labels, mean = label_means(query, answers), query.mean(0, keepdim=True)
+    labels, mean = label_means(query, answers, common_labels(answers)), query.mean(0, keepdim=True)
     c, beta = metric.index_labels(labels, mean, torch.zeros(LABELS, dtype=torch.int64))
     of_label, of_task = ((query @ c.T + beta) for c, beta in (metric.index(labels), metric.index(mean)))
     torch.testing.assert_close(query @ c.T + beta, (of_label + of_task) / 2)
 
 
 def test_wrong_answers_change_nothing():
-    model = tiny_model("bert", 1)
     query, answers = intents(0)
-    for wrong in (answers[1:], []):
-        with pytest.raises(ValueError, match="answers has .* texts"):
-            model.add_task("new", embeddings=query, answers=wrong, progress=False)
-    assert model.pool.task_names() == ["task0"] and len(model.pool.metric.tasks) == 1
+    for config in ({}, dict(label_keys=False)):
+        model = tiny_model("bert", 1, **config)
+        for wrong in (answers[1:], [], "x", "x" * len(query), [1] * len(query), [None, *answers[1:]]):
+            with pytest.raises(ValueError, match=f"answers must be {len(query)} strings"):
+                model.add_task("new", embeddings=query, answers=wrong, progress=False)
+        with pytest.raises(ValueError, match="answers must be 0 strings"):
+            model.pool.add_task("new", query[:4], answers=answers)
+        assert model.pool.task_names() == ["task0"] and len(model.pool.metric.tasks) == 1
+    model.add_task("new", embeddings=query, answers=numpy.array(answers), progress=False)
     with pytest.raises(ValueError, match="label_keys must be True or False"):
         SLMConfig(label_keys="yes")
 
@@ -278,3 +365,10 @@ def test_a_temperature_is_fitted_to_what_is_searched():
     curves = [-(torch.stack(best, 1) / t).log_softmax(1)[:, 2].mean() for t in TEMPERATURES]
     torch.testing.assert_close(losses, torch.stack(curves), rtol=1e-2, atol=1e-3)
     assert not torch.allclose(losses, held_out_losses(pool, query), rtol=1e-2)
+    few, names = query[: 4 * LABELS], answers[: 4 * LABELS]  # 4 texts a label: held-out ones are missing
+    assert not torch.equal(held_out_losses(pool, few, names), held_out_losses(pool, few))
+    keys, apart = pool.learn_keys(query, "group_avg"), labelled_pool(2, temperature="auto")
+    pool.add_task("t2", keys, queries=query, answers=answers)
+    assert torch.equal(pool.metric.tasks["task:t2"].losses, losses)
+    apart.take_task(pool, "t2", query, answers)
+    assert torch.equal(apart.metric.tasks["task:t2"].losses, losses)

@@ -47,7 +47,16 @@ def test_bytes_are_those_of_a_real_pool(tasks):
     assert nbytes(t for f in pool.factors for t in (f.A, f.B)) == counted.factors(shape)
     assert nbytes(pool.metric.buffers()) == pytest.approx(counted.statistics, rel=0.01)
     slots = {n: b for n, b in pool.named_buffers() if not n.startswith(("factors.", "metric.", "row_entry"))}
-    assert nbytes(slots.values()) + pool._index_codes().nbytes == pytest.approx(counted.index, rel=0.02)
+    before = nbytes(slots.values()) + pool._index_codes().nbytes
+    assert before == pytest.approx(counted.index, rel=0.02)
+    pool.remove_task("0")
+    labels = [f"l{n % 32}" for n in range(620)]  # as many as codes come in
+    queries = torch.randn(620, 600, generator=torch.Generator().manual_seed(0))
+    pool.add_task("0", queries[:4], queries=queries, answers=labels)
+    slots = {name: pool.get_buffer(name) for name in slots}
+    more = nbytes(slots.values()) + pool._index_codes().nbytes - before
+    more += nbytes((pool.metric.tasks["task:0"].label_offsets, pool.metric.tasks["task:0"].label_scale))
+    assert more == 32 * counted.of_a_label
 
 
 def test_shapes_are_the_models():

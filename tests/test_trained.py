@@ -111,6 +111,19 @@ def test_statistics_are_the_taking_runs_own(folder, first, untrained):
         assert len(found) == places, options
 
 
+def test_labels_are_the_taking_runs_own(folder):
+    """A task that was kept without them, as before there were any, gets them from its texts."""
+    options = dict(methods=("slm",), trained=folder / "labels" / "trained")
+    before = run(folder / "labels" / "before", config=dict(label_keys=False), **options).fit().model.pool
+    assert before.num_label_keys == 0
+    after = run(folder / "labels" / "after", **options).fit().model.pool
+    alone = run(folder / "labels" / "alone", **options | dict(trained=None)).fit().model.pool
+    assert after.num_label_keys == alone.num_label_keys > 0
+    assert torch.equal(after.index_keys, alone.index_keys)
+    again = run(folder / "labels" / "again", config=dict(label_keys=False), **options).fit().model.pool
+    assert again.num_label_keys == 0 and torch.equal(again.index_keys, before.index_keys)
+
+
 def test_a_fitted_temperature_is_the_taking_runs_own(folder, monkeypatch):
     """Whatever was trained before, and in which order."""
     config = dict(temperature="auto")

@@ -327,8 +327,8 @@ class ContinualRunner:
             frozen = pool.fixed_routing(["__base__"])
             for what, row in (("answer", routing), ("answer of the frozen model", frozen)):
                 timed(what, model.predict, [text], routing=row, task=task, **answering)
-        tasks, per_task = len(self.tasks), pool.config.entries_per_task
-        keys = (pool.keys, pool.index_keys, pool.index_bias)
+        tasks = len(self.tasks)
+        keys = (pool.keys[: pool.num_slots], pool.index_keys, pool.index_bias, pool.index_task)
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
         else:
@@ -337,7 +337,7 @@ class ContinualRunner:
             "milliseconds": {what: statistics.median(values[1:]) for what, values in times.items()},
             "bytes": {
                 "factors of a task": self.trainable * pool.factors[0].A.element_size(),
-                "keys of a task": round(sum(t.nbytes for t in keys) / len(pool.keys) * per_task),
+                "keys of a task": round(sum(t.nbytes for t in keys) / tasks),
                 "statistics of a task": round(sum(t.nbytes for t in pool.metric.buffers()) / tasks),
                 "peak of the process": peak,
             },

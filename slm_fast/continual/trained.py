@@ -12,7 +12,7 @@ from slm_fast.continual.tasks import Task
 from slm_fast.linear_probe import TEXTS_A_LABEL
 from slm_fast.pool import KnowledgePool
 from slm_fast.storage import base_fingerprint, load_pool, read_index, save_pool
-from slm_fast.task_statistics import module_key, num_labels
+from slm_fast.task_statistics import common_labels, module_key
 
 COST_NAME = "cost.json"
 NO_MATTER = ("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps")
@@ -97,7 +97,7 @@ def _keep_statistics(pool: KnowledgePool, task: Task, method: Method) -> None:
     old = pool.metric.tasks[module_key(task.name)]
     rank = method.model.pool.new_metric(len(old.mean)).rank
     answers = _answers(task) if method.model.slm_config.label_keys else None
-    if old.is_kept_in(rank) and len(old.label_scale) == num_labels(answers):
+    if old.is_kept_in(rank) and (len(old.label_scale) or not common_labels(answers)):
         return
     pool.metric.remove(task.name)
     pool.metric.rank = rank
