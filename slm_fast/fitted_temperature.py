@@ -52,6 +52,7 @@ def held_out_losses(pool, query: Tensor, answers: Sequence[str] | None = None) -
 
 def keep_losses(pool, name: str, losses: Tensor | None) -> None:
     """Give the task, if it has statistics, losses that were measured against all others that are here."""
+    pool.fitted = None
     if pool.metric.has_statistics:
         others = [other for other in pool.tasks if other != name and losses is not None]
         pool.metric.tasks[module_key(name)].keep_losses(losses, [pool.identity(o) for o in others])
@@ -61,6 +62,7 @@ def drop_losses(pool) -> None:
     """Leave no losses that were measured against a task that is not here."""
     if pool.metric is None or not pool.metric.has_statistics:
         return
+    pool.fitted = None
     measured = [task for task in pool.metric.tasks.values() if len(task.losses)]
     here = {pool.identity(name) for name in pool.tasks} if measured else set()
     for task in measured:

@@ -94,6 +94,7 @@ class KnowledgePool(nn.Module):
         self.register_buffer("index_bias", torch.zeros(0), persistent=False)
         self.register_buffer("index_task", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("searched", torch.zeros(0, dtype=torch.bool), persistent=False)
+        self.fitted: float | None = None  # the temperature, until the losses change
         self.num_label_keys = 0
         self._indexed_labels: bool | None = None  # whether there may be label keys; None: the index is stale
         self.metric: nn.Module | None = None
@@ -500,7 +501,8 @@ class KnowledgePool(nn.Module):
 
     def refresh_index(self, slots: list[int] | None = None) -> None:
         """Recompute what is searched from the raw keys: of some slots, or of all after the metric changed."""
-        self._faiss, count, before = None, self.num_slots, len(self.index_keys) - self.num_label_keys
+        self._faiss = self.fitted = None
+        count, before = self.num_slots, len(self.index_keys) - self.num_label_keys
         with_labels, dim = has_label_keys(self.config), self.keys.shape[1]
         if slots is None or self.index_keys.shape[1] != dim or self._indexed_labels != with_labels:
             keys, bias = self.metric.index(self.keys[:count])
@@ -539,7 +541,9 @@ class KnowledgePool(nn.Module):
 
     def temperature(self) -> float:
         if self.config.temperature == "auto":
-            return self.metric.fitted_temperature()
+            if self.fitted is None:
+                self.fitted = self.metric.fitted_temperature()
+            return self.fitted
         return self.config.temperature or self.metric.default_temperature
 
     def identity(self, name: str) -> int:

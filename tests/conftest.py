@@ -2,8 +2,11 @@ import importlib.util
 import os
 from pathlib import Path
 
-import numpy
-import torch
+# As `make test` does: PyTorch's own products depend on the batch with more threads. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy  # noqa: E402
+import torch  # noqa: E402
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -389,6 +389,22 @@ def test_a_removed_task_takes_what_was_measured_against_it():
     assert list(losses_of(pool)) == ["t2"]
 
 
+def test_a_temperature_is_fitted_once_and_again_when_losses_change(monkeypatch):
+    pool, calls = fitted_pool(0, 1, 2), []
+    fit = type(pool.metric).fitted_temperature
+    monkeypatch.setattr(type(pool.metric), "fitted_temperature", lambda m: calls.append(1) or fit(m))
+    for _ in range(3):
+        pool.search(clustered_embeddings(1, 4))
+    assert len(calls) == 1
+    pool.add_task("t3", clustered_embeddings(3)[:4], queries=clustered_embeddings(3))
+    assert pool.temperature() == fit(pool.metric) and len(calls) == 2
+    pool.remove_task("t0")
+    assert pool.temperature() == pool.metric.default_temperature
+    pool.take_task(fitted_pool(7), "t7", clustered_embeddings(7))
+    assert len(losses_of(pool)) == 1
+    assert pool.temperature() == TEMPERATURES[int(losses_of(pool)["t7"].argmin())]
+
+
 def test_taken_tasks_keep_losses_against_tasks_that_are_there():
     other = fitted_pool(0, 1, 2)
     whole = fitted_pool()
