@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from slm_fast import ops
 from slm_fast.config import SLMConfig
 from slm_fast.routing import Routing
 from slm_fast.task_statistics import module_key
@@ -83,10 +82,6 @@ def _entries_of(pool, number: Tensor, features: Tensor, best: Tensor) -> tuple[T
     moved so that the first has the score `best` [B]."""
     numbers = sorted(set(number.tolist()))
     slots = [slot for n in numbers for slot in pool.tasks_by_number[n].slots]
-    slots = torch.tensor(slots, device=number.device)
-    own = pool.slot_task[slots] == number[:, None] if len(numbers) > 1 else None
-    features, options = pool.how_to_search(features, pool.metric)
-    keys, bias = pool.index_keys[slots], pool.index_bias[slots]
-    picked, _, scores = ops.key_search(features, keys, bias, own, **options, backend=pool.backend)
+    entries, _, scores = pool.search_slots(features, slots, number if len(numbers) > 1 else None)
     behind = torch.where(scores > -torch.inf, scores - scores[:, :1], -torch.inf)
-    return slots[picked.long()].to(picked), best[:, None] + behind
+    return entries, best[:, None] + behind

@@ -288,8 +288,7 @@ class KnowledgePool(nn.Module):
         """
         self.check_take(other, name)
         losses = None if queries is None else held_out_losses(self, queries, answers)
-        info = self._take(other, name)
-        self.refresh_index(None if self.metric.has_statistics else info.slots)
+        (info,) = self._take(other, [name])
         if queries is not None:
             keep_losses(self, name, losses)
         drop_losses(self)
@@ -301,15 +300,20 @@ class KnowledgePool(nn.Module):
         names = list(dict.fromkeys(names))
         for name in names:
             self.check_take(other, name)
-        infos = [self._take(other, name) for name in names]
-        if infos:
-            slots = [slot for info in infos for slot in info.slots]
-            self.refresh_index(None if self.metric.has_statistics else slots)
+        infos = self._take(other, names)
         drop_losses(self)
         return infos
 
+    def _take(self, other: "KnowledgePool", names: Sequence[str]) -> list[TaskInfo]:
+        """Add tasks that were checked, and make what is searched once."""
+        infos = [self._take_one(other, name) for name in names]
+        if infos:
+            slots = [slot for info in infos for slot in info.slots]
+            self.refresh_index(None if self.metric.has_statistics else slots)
+        return infos
+
     @torch.no_grad()
-    def _take(self, other: "KnowledgePool", name: str) -> TaskInfo:
+    def _take_one(self, other: "KnowledgePool", name: str) -> TaskInfo:
         theirs, head = other.task(name), other.head(name)
         info = self._add(
             name,
@@ -514,7 +518,7 @@ class KnowledgePool(nn.Module):
             label_task = self.index_task[before:]
             if before < count:
                 self.index_keys, self.index_bias = (
-                    torch.cat([grown(t[:before], count), t[before:]])
+                    torch.cat([t[:before], t.new_zeros(count - before, *t.shape[1:]), t[before:]])
                     for t in (self.index_keys, self.index_bias)
                 )
                 self._codes = None
@@ -572,7 +576,7 @@ class KnowledgePool(nn.Module):
         if config.mixing == "batch" and mask.ndim == 2:
             raise ValueError('mixing="batch" shares one mixture and cannot restrict rows to different tasks')
         calibrated = config.min_similarity == "auto"
-        features, options = self.how_to_search(query, self.metric)
+        features, options = self._how_to_search(query, self.metric)
         options["min_similarity"] = None if calibrated else config.min_similarity
         if tasks is None and config.faiss_above is not None and self.num_entries > config.faiss_above:
             if self._faiss is None:
@@ -604,18 +608,26 @@ class KnowledgePool(nn.Module):
     def search_among(self, query: Tensor, name: str, metric: nn.Module | None = None) -> Routing:
         """Route queries [B, D] among the entries of a task, without a floor; by another metric, if given."""
         self.fresh_index()
-        slots = torch.tensor(self.task(name).slots, device=self.keys.device)
-        features, options = self.how_to_search(query.to(self.keys), metric or self.metric)
+        found = self.search_slots(query.to(self.keys), self.task(name).slots, metric=metric)
+        routing = self._weighted(Routing.make(*found, self.version))
+        return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
+
+    def search_slots(
+        self, query: Tensor, slots: list[int], task: Tensor | None = None, metric: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`ops.key_search` of queries [B, D] among some slots, by another metric, if given: the slots picked,
+        weights and scores [B, top_k]. task: [B], the number of the one whose entries a row is compared with.
+        """
+        slots = torch.tensor(slots, device=self.keys.device)
+        features, options = self._how_to_search(query, metric or self.metric)
         keys, bias = (
             metric.index(self.keys[slots]) if metric else (self.index_keys[slots], self.index_bias[slots])
         )
-        mask = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
-        found = ops.key_search(features, keys, bias, mask, **options, backend=self.backend)
-        routing = Routing.make(*found, self.version)
-        routing = self._weighted(routing._replace(indices=slots[routing.indices.long()].to(routing.indices)))
-        return routing if routing.num_rows == query.shape[0] else routing.repeat_interleave(query.shape[0])
+        mask = None if task is None else self.slot_task[slots] == task[:, None]
+        picked, *found = ops.key_search(features, keys, bias, mask, **options, backend=self.backend)
+        return slots[picked.long()].to(picked), *found
 
-    def how_to_search(self, query: Tensor, metric: nn.Module) -> tuple[Tensor, dict]:
+    def _how_to_search(self, query: Tensor, metric: nn.Module) -> tuple[Tensor, dict]:
         """What is compared with the keys, queries or their mean, and the options of a search."""
         weighting = "softmax" if self.config.weighting == "task" else self.config.weighting
         options = dict(top_k=self.config.top_k, weighting=weighting, temperature=self.temperature())

@@ -31,8 +31,8 @@ def intents(task: int, part: int = 0, count: int = 12) -> tuple[Tensor, list[str
     return centres.repeat(count, 1) + noise, [f"l{n}" for n in range(LABELS)] * count
 
 
-def labelled_pool(num_tasks: int = 4, with_answers=True, entries: int = 4, **config) -> KnowledgePool:
-    pool = KnowledgePool(SLMConfig(**(dict(r=2, top_k=2, entries_per_task=entries) | config)), LINEARS)
+def labelled_pool(num_tasks: int = 4, with_answers=True, **config) -> KnowledgePool:
+    pool = KnowledgePool(SLMConfig(**(dict(r=2, top_k=2) | config)), LINEARS)
     for t in range(num_tasks):
         query, answers = intents(t)
         keys = pool.learn_keys(query, "group_avg")
