@@ -63,15 +63,26 @@ LINEAR = {
 }
 
 
-def run(name: str, output: Path, data: str | None) -> list[dict]:
+def run(name: str, output: Path, data: str | None, seeds: str | None = None) -> list[dict]:
     """The reports of a protocol's runs, which are made if they are not there."""
-    folder = output / name
-    if not (folder / "report.json").is_file():
-        common = ["--output", str(folder)]
+    path = output / name / "report.json"
+    found = read_runs(path)
+    missing = (
+        set(seeds.split(",")) - {str(r["settings"]["seeds"]["run"]) for r in found} if seeds else not found
+    )
+    if missing:
+        common = ["--output", str(path.parent)]
         common += ["--trained", str(output / "trained"), "--queries", str(output / "queries")]
-        if slm_fast(["learn", *PROTOCOLS[name], *common, *(["--data", data] if data else [])]) != 0:
+        common += [*(["--data", data] if data else []), *(["--seeds", seeds] if seeds else [])]
+        if slm_fast(["learn", *PROTOCOLS[name], *common]) != 0:
             raise SystemExit(f"{name} failed")
-    return json.loads((folder / "report.json").read_text(encoding="utf8"))["runs"]
+        found = read_runs(path)
+    return found
+
+
+def read_runs(path: Path) -> list[dict]:
+    """The runs of a report, none where there is no such file."""
+    return json.loads(path.read_text(encoding="utf8"))["runs"] if path.is_file() else []
 
 
 def trimmed(run: dict) -> dict:
@@ -174,6 +185,7 @@ def main() -> None:
     parser.add_argument("protocols", nargs="*", help=", ".join(PROTOCOLS))
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--data", help="data folder, by default SLM_FAST_DATA's")
+    parser.add_argument("--seeds", help="a run with each, separated by commas (default: 0)")
     parser.add_argument("--results", type=Path, help="print this result again; nothing is run")
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
@@ -185,9 +197,12 @@ def main() -> None:
     kept = earlier(args.json) if args.json else None  # an unfit file is found now, not after hours
     began = time.perf_counter()
     names = args.protocols or list(PROTOCOLS)
-    runs = {name: [trimmed(found) for found in run(name, args.output, args.data)] for name in names}
+    runs = {
+        name: [trimmed(found) for found in run(name, args.output, args.data, args.seeds)] for name in names
+    }
     rows = show(runs)
-    commands = {name: "slm-fast learn " + " ".join(PROTOCOLS[name]) for name in names}
+    seeds = ["--seeds", args.seeds] if args.seeds else []
+    commands = {name: " ".join(["slm-fast learn", *PROTOCOLS[name], *seeds]) for name in names}
     seconds = round(time.perf_counter() - began)
     if kept is not None:
         runs, commands = kept["runs"] | runs, kept["commands"] | commands

@@ -340,6 +340,8 @@ def of_suite(section: str, columns: dict[str, str], **having) -> str:
     """Cases of a section with those axes; columns: {contender: its title}, ours first."""
     records = records_of(section)
     records = [r for r in records if all(r["axes"].get(key) in values for key, values in having.items())]
+    if unknown := {name for record in records for name in record["contenders"]} - set(columns):
+        raise ValueError(f"no column for {', '.join(sorted(unknown))}")
     rows = [[r["case"], *(times(r["contenders"].get(name)) for name in columns)] for r in records]
     return captioned(["case", *columns.values()], rows, {SUITE: suite_command()})
 
@@ -368,16 +370,42 @@ def suite_serve() -> str:
     return captioned(header, rows, {SUITE: suite_command()})
 
 
+MODEL_COLUMNS = {  # contenders of whole models, ours first
+    "on": "slm_fast",
+    "in the prefill": "slm_fast, query in the prefill",
+    "frozen": "frozen",
+    "off": "pool off",
+    "merged": "merged weights",
+    "peft": "PEFT",
+    "dense": "dense offsets",
+    "frozen fp32": "frozen, fp32",
+    "on eager": "slm_fast, no graph",
+    "frozen eager": "frozen, no graph",
+}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def of_models(records: list[dict]) -> str:
+    """Whole models' cases with times: what they are, and what multiple of ours. Raises ValueError where a
+    time has no column."""
+    timed = []
+    for record in records:
+        found = {{"engine": "on"}.get(name, name): of for name, of in record["contenders"].items()}
+        if any("seconds" in of for of in found.values()):
+            timed.append((record, found))
+    if unknown := {name for _, found in timed for name in found} - set(MODEL_COLUMNS):
+        raise ValueError(f"no column for {', '.join(sorted(unknown))}")
+    columns = {n: title for n, title in MODEL_COLUMNS.items() if any(n in found for _, found in timed)}
+    rows = []
+    for record, found in timed:
+        dtype = record["axes"]["dtype"]
+        rows.append([record["case"], SHORT.get(dtype, dtype), *(times(found.get(name)) for name in columns)])
+    return table(["case", "dtype", *columns.values()], rows)
+
+
 def suite_model() -> str:
     """Decoding, prefill and a training step in the suite."""
-    columns = {"on": "slm_fast", "frozen": "frozen", "off": "pool off", "merged": "merged weights"}
-    columns |= {"peft": "PEFT", "dense": "dense offsets", "frozen fp32": "frozen, fp32"}
-    rows = []
-    for record in records_of("model"):
-        if any("seconds" in found for found in record["contenders"].values()):
-            found = {"on": record["contenders"].get("engine")} | record["contenders"]
-            rows.append([record["case"], *(times(found.get(name)) for name in columns)])
-    return captioned(["case", *columns.values()], rows, {SUITE: suite_command()})
+    return f"{of_models(records_of('model'))}\n\n{caption({SUITE: suite_command()})}"
 
 
 def suite_targets() -> str:
@@ -403,24 +431,9 @@ def gpu_caption() -> str:
 
 
 def gpu_models() -> str:
-    """A whole model's cases; times, and what multiple of ours they are."""
-    columns = {
-        "on": "slm_fast",
-        "frozen": "frozen",
-        "off": "pool off",
-        "merged": "merged weights",
-        "peft": "PEFT",
-        "dense": "dense offsets",
-        "on eager": "slm_fast, no graph",
-        "frozen eager": "frozen, no graph",
-    }
-    rows = []
-    for record in load(GPU)["suite"]["results"]:
-        if record["section"] != "model":
-            continue
-        found = {"on": record["contenders"].get("engine")} | record["contenders"]
-        rows.append([record["case"], *(times(found.get(name)) for name in columns)])
-    return f"{table(['case', *columns.values()], rows)}\n\n{gpu_caption()}"
+    """A whole model's cases on a GPU."""
+    records = [record for record in load(GPU)["suite"]["results"] if record["section"] == "model"]
+    return f"{of_models(records)}\n\n{gpu_caption()}"
 
 
 TABLES = {

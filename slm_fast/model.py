@@ -559,12 +559,15 @@ class SLMModel(nn.Module):
         """Replace the pool by a saved one; on any error the model stays as it was."""
         self.repatch(load_pool(self.base_model, directory))
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the pool and the settings, never the frozen base, to `directory`.
+    def save_pretrained(self, directory: str | Path, tasks: Sequence[str] | None = None) -> None:
+        """Write the pool and the settings, never the frozen base, to `directory`; with `tasks` a pool that
+        holds these alone.
 
         The encoder is saved by name; one without a name (a callable) must be passed again on loading.
+        Processes that save to one directory wait for each other; of several that train, one is enough.
+        Raises ValueError for a task that is not there.
         """
-        save_pool(self.pool, self.base_model, directory, self.encoder)
+        save_pool(self.pool, self.base_model, directory, self.encoder, tasks)
 
     @classmethod
     def from_pretrained(

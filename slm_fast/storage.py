@@ -2,10 +2,13 @@
 `adapters/<entry>/`, each entry a valid PEFT LoRA folder. Data is written first, the index last, by atomic
 rename."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from slm_fast.config import CONFIG_NAME, SLMConfig
 from slm_fast.encoder import Encoder
+from slm_fast.fitted_temperature import drop_losses
 from slm_fast.layers import is_plain
 from slm_fast.loading import local_name
 from slm_fast.pool import KnowledgePool
@@ -144,38 +148,70 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def save_pool(
-    pool: KnowledgePool, base: nn.Module, directory: str | Path, encoder: Encoder | None = None
+    pool: KnowledgePool,
+    base: nn.Module,
+    directory: str | Path,
+    encoder: Encoder | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> None:
-    """Write the pool to `directory`; a save that was cut off is recognised on loading."""
+    """Write the pool, or some tasks of it, to `directory`; a save that was cut off is recognised on loading.
+    Processes that save to one directory do so one after another."""
     root = Path(directory)
     if root.exists() and not root.is_dir():
         raise OSError(f"{root} is not a directory")
-    _finish_interrupted_save(root)
-    try:
-        previous = read_index(root)
-    except OSError:
-        previous = {"entries": []}
+    files, index = _contents(pool, base, encoder, tasks)
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root):
+        _finish_interrupted_save(root)
+        try:
+            previous = read_index(root)
+        except OSError:
+            previous = {"entries": []}
+        try:
+            for name, data in files.items():  # the index last: while it is missing, nothing has been renamed
+                _write(_staged(root, name), data)
+        except OSError:
+            for name in files:
+                _staged(root, name).unlink(missing_ok=True)
+            raise
+        for name in files:
+            os.replace(_staged(root, name), root / name)
+        kept = {entry["name"] for entry in index["entries"]}
+        for entry in previous["entries"]:
+            if entry["name"] not in kept:
+                shutil.rmtree(root / "adapters" / entry["name"], ignore_errors=True)
+
+
+def _contents(
+    pool: KnowledgePool, base: nn.Module, encoder: Encoder | None, names: Sequence[str] | None
+) -> tuple[dict[str, bytes], dict]:
+    """A saved pool's files by name, the index last, and the index."""
+    metric, heads = pool.metric, pool.heads.state_dict()
+    if names is None:
+        names = [*pool.tasks]
+    else:
+        names, metric = [*dict.fromkeys(names)], metric and metric.only(names)
+        heads = {k: v for k, v in heads.items() if k.rpartition(".")[0] in map(module_key, names)}
+    tasks = [pool.task(name) for name in names]
     fingerprint = base_fingerprint(base, list(pool.modules_shape))
-    slots = [slot for info in pool.tasks.values() for slot in info.slots]
+    slots = [slot for task in tasks for slot in task.slots]
     of_task = pool.tasks_of_slots()
     files: dict[str, bytes] = {}
     for slot in slots:
         for name, data in _adapter_files(pool, slot, fingerprint["name_or_path"]).items():
             files[f"adapters/{pool.names[slot]}/{name}"] = data
     keys = {"keys": pool.keys[slots].cpu().contiguous()}
-    if pool.metric is not None:
-        keys |= {f"metric.{k}": v.cpu().contiguous() for k, v in pool.metric.state_dict().items()}
+    if metric is not None:
+        keys |= {f"metric.{k}": v.cpu().contiguous() for k, v in metric.state_dict().items()}
     files[KEYS_NAME] = save(keys)
-    files[HEADS_NAME] = save({k: v.cpu().contiguous() for k, v in pool.heads.state_dict().items()})
+    files[HEADS_NAME] = save({k: v.cpu().contiguous() for k, v in heads.items()})
     index = {
         "format": FORMAT,
         "config": pool.config.to_dict() | (encoder.settings() if encoder else {}),
         "base": fingerprint,
         "modules": {name: list(shape) for name, shape in pool.modules_shape.items()},
         "dtype": str(pool.factors[0].A.dtype).removeprefix("torch."),
-        "tasks": [
-            {"name": t.name, "labels": t.labels, "max_length": t.max_length} for t in pool.tasks.values()
-        ],
+        "tasks": [{"name": t.name, "labels": t.labels, "max_length": t.max_length} for t in tasks],
         "entries": [
             {
                 "name": pool.names[s],
@@ -190,19 +226,19 @@ def save_pool(
     if (of_encoder := encoder_fingerprint(encoder)) is not None:
         index["encoder"] = of_encoder
     files[CONFIG_NAME] = (json.dumps(index, indent=1) + "\n").encode()
+    return files, index
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Alone among the processes of this machine; on file systems without locks as if alone."""
+    handle = os.open(root, os.O_RDONLY)
     try:
-        for name, data in files.items():  # the index last: while it is missing, nothing has been renamed
-            _write(_staged(root, name), data)
-    except OSError:
-        for name in files:
-            _staged(root, name).unlink(missing_ok=True)
-        raise
-    for name in files:
-        os.replace(_staged(root, name), root / name)
-    kept = {pool.names[slot] for slot in slots}
-    for entry in previous["entries"]:
-        if entry["name"] not in kept:
-            shutil.rmtree(root / "adapters" / entry["name"], ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _staged(root: Path, name: str) -> Path:
@@ -275,7 +311,9 @@ def _tensors(root: Path, name: str, data: bytes) -> dict[str, Tensor]:
 def load_pool(base: nn.Module, directory: str | Path) -> KnowledgePool:
     """Read a saved pool. Raises OSError on missing or damaged files, ValueError on another base."""
     root = Path(directory)
-    _finish_interrupted_save(root)
+    if _staged(root, CONFIG_NAME).exists():
+        with _locked(root):  # another process may be at it
+            _finish_interrupted_save(root)
     index = read_index(root)
     config = SLMConfig.from_dict(index["config"])
     modules = {name: tuple(shape) for name, shape in index["modules"].items()}
@@ -307,6 +345,7 @@ def load_pool(base: nn.Module, directory: str | Path) -> KnowledgePool:
     pool.heads.load_state_dict(heads)
     if pool.metric is not None:
         pool.metric.load_state_dict({k.removeprefix("metric."): v for k, v in stored.items()})
+        drop_losses(pool)  # against tasks that were not saved
         pool.refresh_index()
     return pool
 

@@ -29,6 +29,9 @@ from slm_fast.routing import Routing
 logger = logging.getLogger(__name__)
 
 TASK_WEIGHTS = "slm_task.safetensors"
+# Batches of similar lengths, as an argument of this transformers (5.0 has the older name).
+BY_NAME = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__
+GROUPED = {"train_sampling_strategy": "group_by_length"} if BY_NAME else {"group_by_length": True}
 
 
 class SLMTrainer(Trainer):
@@ -42,7 +45,9 @@ class SLMTrainer(Trainer):
             `continual.tasks.Example`s.
         task: the task's name.
         max_length: tokens kept of an example.
-    Every text is encoded and routed once, before training; batches carry finished routings. With
+    Every text is encoded and routed once, before training; batches carry finished routings. Without `args`
+    those of `default_arguments`: batches of similar lengths, which `TrainingArguments` of one's own make with
+    `train_sampling_strategy="group_by_length"`. With
     `SLMConfig.feature_penalty` the training rows of a task with a head also carry, while it lasts, the
     features that the frozen model gives them: [H] fp32 each, one more pass over all rows. Losses of an
     evaluation are without the penalty.
@@ -230,7 +235,7 @@ class SLMTrainer(Trainer):
         return super().get_test_dataloader(encode_dataset(test_dataset, *self._encoding))
 
     def _get_train_sampler(self, train_dataset=None):
-        if getattr(self.args, "train_sampling_strategy", None) != "group_by_length":
+        if any(getattr(self.args, name) != value for name, value in GROUPED.items()):
             return super()._get_train_sampler(train_dataset)
         lengths = [len(row["input_ids"]) for row in self.train_dataset]
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -271,7 +276,7 @@ class SLMTrainer(Trainer):
         routing = Routing(*(inputs.pop(f"routing_{name}") for name in Routing._fields))
         return {"task": self.task} | inputs | {"routing": routing}
 
-    # ---- saving: the task's parameters for resuming, the whole pool for users, never the frozen base
+    # ---- saving: while training the task alone, as a pool and as parameters to resume; else the whole pool
 
     def _save_checkpoint(self, model, trial) -> None:
         """The trainer's state is written last, and older checkpoints are deleted after it: see `is_whole`."""
@@ -288,8 +293,9 @@ class SLMTrainer(Trainer):
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
-        self.model.save_pretrained(directory)
-        if self.model.pool.owner is not None:
+        training = self.model.pool.owner is not None
+        self.model.save_pretrained(directory, [self.task] if training else None)
+        if training:
             trained = {n: p.detach().contiguous() for n, p in self._trained()}
             temporary = directory / (TASK_WEIGHTS + ".tmp")
             save_file(trained, temporary, metadata={"task": self.task})
@@ -336,9 +342,8 @@ def default_arguments(output_dir: str, **overrides) -> TrainingArguments:
         save_total_limit=1,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
+        **GROUPED,
     )
-    if "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
-        settings["train_sampling_strategy"] = "group_by_length"
     if overrides.get("bf16") and not torch.cuda.is_available():
         settings["use_cpu"] = True  # transformers refuses bf16 where there is no GPU, unless the CPU is meant
     return TrainingArguments(**(settings | overrides))

@@ -70,6 +70,8 @@ def test_hyperparameters_of_the_paper_and_ours():
     paper = find_benchmark("bert5").hyperparameters("paper")
     assert (paper["base"], paper["rank"], paper["top_k"]) == ("bert-base-uncased", 12, 4)
     assert paper["target"] == "attention.output.dense"
+    training = ("epochs", "learning_rate", "batch_size", "max_length")
+    assert [paper[name] for name in training] == [5, 2e-4, 32, 450]
     llama = find_benchmark("llama3").hyperparameters("paper")
     assert (llama["rank"], llama["top_k"], llama["entries"]) == (8, 2, 4)
     t5, ours = (find_benchmark("t5_fewshot").hyperparameters(whose) for whose in ("paper", "ours"))
@@ -83,6 +85,9 @@ def test_hyperparameters_of_the_paper_and_ours():
     assert find_benchmark("bert5").hyperparameters()["target"] == "all-linear"
     with pytest.raises(ValueError, match='"ours" or "paper", got \'theirs\''):
         find_benchmark("bert5").hyperparameters("theirs")
+    for name in ("seq15", "all25"):
+        with pytest.raises(ValueError, match="the paper has no hyper-parameters for this benchmark"):
+            find_benchmark(name).hyperparameters("paper")
 
 
 def test_hyperparameters_of_single_tasks(benchmark_data):

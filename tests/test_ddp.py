@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_base
 from safetensors.torch import load_file, save_file
 from test_training_safety import ROWS, learnt, make_model, make_trainer, same_bits
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from slm_fast import SLMModel
 from slm_fast.sharding import shard_base
 
 # name: (family, options of the trainer); SGD, so that rounding is not blown up
@@ -106,6 +108,8 @@ def main(device, folder, names):
         found = {str(n): tensor for n, tensor in enumerate(learnt(trainer.model))}
         found["eval_loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
         save_file({key: t.cpu() for key, t in found.items()}, folder / f"{name}{rank}.safetensors")
+    trainer.model.save_pretrained(folder / "saved")  # every process of them
+    SLMModel.from_pretrained(tiny_base(RUNS[name][0]), folder / "saved")
     assert torch.distributed.get_backend() == ("nccl" if device == "cuda" else "gloo")
     torch.distributed.barrier()
 

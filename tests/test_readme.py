@@ -86,3 +86,14 @@ def test_numbers_are_those_of_the_files(tool):
     )
     assert f"| {record['milliseconds']['frozen']:.1f} |" in row
     assert f"| {record['added_percent']:+.1f}% |" in row and f"| {record['floor_percent']:.1f}% |" in row
+
+
+@pytest.mark.parametrize("section, name", [("model", "whole models"), ("mixture", "mixture")])
+def test_a_contender_without_a_column_is_named(tool, copy, section, name):
+    path = tool.RESULTS / f"{tool.SUITE}.json"
+    result = json.loads(path.read_text())
+    record = next(record for record in result["results"] if record["section"] == section)
+    record["contenders"]["another"] = {"seconds": 1.0}
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="no column for another"):
+        tool.TABLES[name]()

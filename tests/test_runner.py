@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ def test_a_whole_run(minilm, tmp_path):
     assert slm["ratio_to_oracle"] == pytest.approx(slm["average_accuracy"] / oracle["average_accuracy"])
     assert all(value is not None for row in slm["matrix"] for value in row)
     assert slm["forward_transfer"] is not None and seq["forward_transfer"] is None
+    assert runner.state["before"] == [pytest.approx(1 / len(task.labels)) for task in tasks]
     assert seq["matrix"][0][1:] == [None, None] and None not in seq["matrix"][2]
     assert min(report["routing"]["accuracy"].values()) > 0.85
     assert len(report["routing"]["mass"][0]) == 6
@@ -120,6 +122,24 @@ def test_a_run_belongs_to_its_tasks_and_settings(make_runner):
     for different in (dict(tasks=make_tasks("size")), dict(tasks=make_tasks("colour"), epochs=3)):
         with pytest.raises(ValueError, match="holds another run"):
             make_runner("one", **different)
+
+
+def test_a_run_belongs_to_what_its_scores_and_answers_depend_on(make_runner, tmp_path, monkeypatch):
+    texts = [replace(task, labels=None, metric="token_f1") for task in make_tasks("colour")]
+    make_runner("one", tasks=texts)._save_state()
+    with pytest.raises(ValueError, match="holds another run"):
+        make_runner("one", tasks=[replace(task, metric="bertscore") for task in texts])
+    with pytest.raises(ValueError, match="holds another run"):
+        make_runner("one", tasks=texts, max_new_tokens=3)
+    path = tmp_path / "one" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"identity": state["identity"] | {"dtype": "torch.bfloat16"}}))
+    with pytest.raises(ValueError, match="holds another run"):
+        make_runner("one", tasks=texts)
+    for name in ("metrics", "dtype", "max_new_tokens"):  # as runs of before were kept
+        del state["identity"][name]
+    path.write_text(json.dumps(state))
+    assert make_runner("one", tasks=texts).state["identity"]["dtype"] == "torch.float32"
 
 
 def test_bad_arguments(make_runner):

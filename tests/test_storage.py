@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
 from slm_fast import SLMConfig, SLMModel, get_slm_model
-from slm_fast.storage import save_pool
+from slm_fast.storage import load_pool, save_pool
 
 
 def saved(tmp_path, family="llama", **options):
@@ -41,6 +42,45 @@ def test_round_trip_is_exact(tmp_path, family, metric):
     loaded.save_pretrained(tmp_path / "again")
     for name in ("slm_keys.safetensors", "adapters/task0.0/adapter_model.safetensors"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("metric", ["whitened", "grouped_cosine"])
+def test_some_tasks_are_saved_as_a_pool_of_their_own(tmp_path, metric):
+    fitted = dict(weighting="task", temperature="auto") if metric == "whitened" else {}
+    model = tiny_model(metric=metric, num_groups=4, **fitted)
+    model.add_task("topic", embeddings=clustered_embeddings(5, 40), labels=["a", "b"], progress=False)
+    assert not fitted or any(len(task.losses) for task in model.pool.metric.tasks.values())
+    model.save_pretrained(tmp_path / "some", tasks=["topic", "task1", "topic"])
+    loaded = SLMModel.from_pretrained(tiny_base("llama"), tmp_path / "some").pool
+    wanted = model.pool.only(["topic", "task1"])
+    assert loaded.task_names() == wanted.task_names() == ["topic", "task1"]
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert set(loaded.state_dict()) == set(wanted.state_dict())
+    assert len(list((tmp_path / "some" / "adapters").iterdir())) == loaded.num_entries
+    assert len(model.pool.tasks) == 4
+    with pytest.raises(ValueError, match="unknown task 'nothing'"):
+        model.save_pretrained(tmp_path / "none", tasks=["nothing"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_processes_may_save_to_one_directory(tmp_path):
+    model = tiny_model()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=save_often, args=(model, tmp_path)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert SLMModel.from_pretrained(tiny_base("llama"), tmp_path).pool.task_names() == model.pool.task_names()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def save_often(model, folder):
+    for _ in range(10):
+        model.save_pretrained(folder)
+        load_pool(model.base_model, folder)
 
 
 def test_learning_continues_after_loading(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 
 import pytest
@@ -9,7 +10,14 @@ from transformers import AutoModel, AutoTokenizer, TrainingArguments
 from slm_fast import Routing, SLMConfig, get_slm_model
 from slm_fast.continual.tasks import Example
 from slm_fast.linear_probe import linear_probe
-from slm_fast.trainer import TASK_WEIGHTS, Collator, LengthGroupedSampler, SLMTrainer, encode_dataset
+from slm_fast.trainer import (
+    TASK_WEIGHTS,
+    Collator,
+    LengthGroupedSampler,
+    SLMTrainer,
+    default_arguments,
+    encode_dataset,
+)
 
 COLOURS = ["red", "blue", "green"]
 TOPICS = {
@@ -114,6 +122,7 @@ def test_resumes_with_the_same_bits(model, tmp_path, minilm, penalty):
     names = {p.name for p in folder.iterdir()}
     assert TASK_WEIGHTS in names and "slm_config.json" in names
     assert not names & {"model.safetensors", "pytorch_model.bin"}
+    assert json.loads((folder / "slm_config.json").read_text())["tasks"][0]["name"] == "colour"
     base, tokenizer = AutoModel.from_pretrained(minilm), AutoTokenizer.from_pretrained(minilm)
     again = get_slm_model(base, model.slm_config, tokenizer=tokenizer)
     rows = TOPICS["colour"]
@@ -231,8 +240,7 @@ def test_a_data_seed_of_0_is_one(model, tmp_path):
     rows = TOPICS["colour"]
     model.add_task("colour", [r.text for r in rows], labels=COLOURS, progress=False)
     for data_seed, seed in ((None, 3), (0, 0), (5, 5)):
-        args = arguments(tmp_path, data_seed=data_seed)
-        args.train_sampling_strategy = "group_by_length"
+        args = default_arguments(str(tmp_path), use_cpu=True, seed=3, data_seed=data_seed)
         trainer = SLMTrainer(model, args, rows, task="colour", max_length=32)
         assert trainer._get_train_sampler().seed == seed
 

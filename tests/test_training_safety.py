@@ -32,7 +32,7 @@ ROWS = [
 ]
 EMBEDDINGS = clustered_embeddings(5, len(ROWS))
 # The name of a way to die: at a step, at the n-th change of a file of checkpoint 6, in the middle of one.
-EVENTS = [f"event{n}" for n in (0, 20, 41)]
+EVENTS = [f"event{n}" for n in (0, 20, 31)]
 KILLS = ["step5", "any", "torch.save", "state", "first", *EVENTS]
 
 

@@ -68,12 +68,14 @@ class Benchmark:
     generates: bool | None = None
 
     def hyperparameters(self, whose: str = "ours", given: Iterable[str] = ()) -> dict:
-        """Values by name: `whose` "ours", or "paper", which takes ours where nothing was published.
+        """Values by name: `whose` "ours", or "paper", which takes ours for those that were not published.
 
         given: names that the caller sets for all tasks, so that `per_task` does not have them.
         """
         if whose not in ("ours", "paper"):
             raise ValueError(f'hyper-parameters are "ours" or "paper", got {whose!r}')
+        if whose == "paper" and self.paper == Hyperparameters():
+            raise ValueError('the paper has no hyper-parameters for this benchmark: take "ours"')
         published = asdict(self.paper) if whose == "paper" else {}
         values = asdict(self.ours) | {name: v for name, v in published.items() if v not in (None, {})}
         given = set(given)

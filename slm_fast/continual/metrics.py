@@ -9,7 +9,8 @@ DEFINITIONS = {
     "forgetting": "max minus last: mean over i < T-1 of max_{i<=t<T-1} R[t][i] - R[T-1][i]",
     "forgetting_first": "first minus last: mean over i < T-1 of R[i][i] - R[T-1][i]",
     "backward_transfer": "mean over i < T-1 of R[T-1][i] - R[i][i] (divided by T-1)",
-    "forward_transfer": "mean over i > 0 of R[i-1][i] - b[i], b = before learning (Lopez-Paz, 2017)",
+    "forward_transfer": "mean over i > 0 of R[i-1][i] - b[i], b = before learning, one over the number of "
+    "labels where the frozen model has no head (Lopez-Paz, 2017)",
     "forward_transfer_single": "mean over i > 0 of R[i][i] - s[i], s = task i learnt alone and told, "
     "by the method that is named as its reference",
 }

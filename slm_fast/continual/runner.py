@@ -117,6 +117,12 @@ class ContinualRunner:
             "weight_decay": self.args.weight_decay,
             "max_length": self.max_length,
         } | self.uncommon_settings()
+        later = {  # runs of before do not have these
+            "metrics": [task.metric for task in self.tasks],
+            "dtype": str(next(self.model.base_model.parameters()).dtype),
+            "max_new_tokens": self.predicting["max_new_tokens"],
+        }
+        identity |= later
         empty = {"identity": identity, "options": {}, "rows": {}, "seconds": {}, "steps": {}}
         empty |= {"before": None, "cost": None}
         path = self.output_dir / "state.json"
@@ -125,6 +131,7 @@ class ContinualRunner:
                 state = empty | json.loads(path.read_text(encoding="utf8"))
             except json.JSONDecodeError as error:
                 raise OSError(f"{path} is damaged: {error}") from error
+            state["identity"] = later | state["identity"]
             if state["identity"] != json.loads(json.dumps(identity)):
                 raise ValueError(
                     f"{self.output_dir} holds another run (tasks or settings differ); choose a new folder"
@@ -167,7 +174,7 @@ class ContinualRunner:
         if not self.state["rows"] and self.model.pool.num_entries and not slm.folder.exists():
             raise ValueError("the model's pool must be empty when a run starts")
         if self.evaluate == "all" and self.state["before"] is None:  # else no forward transfer is measured
-            self.state["before"] = [self._score(task, slm.answers(task)) for task in self.tasks]
+            self.state["before"] = [self._score_before(task, slm.answers(task)) for task in self.tasks]
             self._save_state()
         for method in sorted(self.methods.values(), key=lambda method: method.needs is not None):
             done = len(self.state["rows"].get(method.name, ())) == len(self.tasks)
@@ -241,6 +248,12 @@ class ContinualRunner:
                 self.final[task.name] = answers
         self._add_seconds(method, "eval", time.perf_counter() - began)
         return row
+
+    def _score_before(self, task: Task, answers: list[Prediction]) -> float:
+        """The frozen model's score; that of chance for labels of which it has no head."""
+        if task.labels is not None and all(prediction.answer is None for prediction in answers):
+            return 1 / len(task.labels)
+        return self._score(task, answers)
 
     def _score(self, task: Task, answers: list[Prediction]) -> float:
         return score(task, [p.answer or "" for p in answers], [example.target for example in task.test])
