@@ -9,12 +9,13 @@ measured beside it. Serving counts by the time until the first token (95%) too, 
 what the larger ones cost over the smallest. Memory is compared as it is, routing and accuracy by the share
 that they miss.
 
-A case is worse when that grew by more than the noise that the two runs measured (half the distance of the
-quantiles, in other results those of ours and the reference together), and by at least `--least` percent. A
-case, or a contender of ours, that is gone although its section, or its group (GPU ops) or model with its
-settings (other benchmarks), was run again counts as a failure; it is only named where that was not run, or
-the section ran in another mode or on another device. Results of `bench_routing.py`, `bench_layers.py`,
-`bench_transfer.py` and `bench_continual.py` hold no costs.
+A case is worse when that grew by more than the noise that the two runs measured, and by at least `--least`
+percent. In the suite a ratio's noise is `SURE` times half the distance of its quantiles over the root of its
+rounds; elsewhere it is half the distance, of ours and the reference together. The last line says how many
+cases could only have shown a growth beyond `BLIND`. A case, or a contender of ours, that is gone although its
+section, or its group (GPU ops) or model with its settings (other benchmarks), was run again counts as a
+failure; it is only named where that was not run, or the section ran in another mode or on another device.
+Results of `bench_routing.py`, `bench_layers.py`, `bench_transfer.py` and `bench_continual.py` hold no costs.
 
 Exit status: 0 nothing is worse; 1 something is, or a section of the suite failed that did not before; 2 "no
 case in common"; 3 a file cannot be read, or the files have unlike schemas.
@@ -22,6 +23,7 @@ case in common"; 3 a file cannot be read, or the files have unlike schemas.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +47,10 @@ WORDS = ("benchmark", "model", "dtype", "targets", "checkpointing", "name", "gro
 SIZES = ("entries", "rows", "tokens")
 KEYS = (*WORDS, *SIZES)
 NOISE = 0.05  # of a time whose spread was not kept, and of memory
+SURE = (
+    4.0  # of 153 ratios of unchanged code 95% moved by less than 2.5 between two runs, all by less than 3.9
+)
+BLIND = 0.2
 SMALL = 4e6  # bytes of resident memory, below which a call's peak says nothing; see suite/memory.py
 
 
@@ -149,9 +155,10 @@ def record_of(record: dict, name: str) -> str:
     return key_of(record) + ("" if name == record["ours"] else f", {name}")
 
 
-def spread(found: dict) -> float:
-    """Of a contender's ratio to ours: half the distance of its quantiles over it."""
-    return (found["ratio_high"] - found["ratio_low"]) / 2 / found["ratio"]
+def spread(found: dict, what: str = "ratio") -> float:
+    """The noise of a contender's ratio to ours, or of another number with quantiles of its rounds."""
+    half = (found[f"{what}_high"] - found[f"{what}_low"]) / 2 / found[what]
+    return SURE * half / math.sqrt(found["rounds"])
 
 
 def times(record: dict, name: str, shared: list[str]) -> Iterator[tuple[str, Cost]]:
@@ -178,14 +185,12 @@ def times(record: dict, name: str, shared: list[str]) -> Iterator[tuple[str, Cos
             yield f"{which} over a product's", Cost(float("inf"), 0.0)
         elif "seconds" in found:
             rate = record["pace"]["float32_operations_per_second"]
-            noise = (found["high"] - found["low"]) / 2 / found["seconds"]
+            noise = (found["high"] - found["low"]) / 2 / found["seconds"]  # of no pairs: with the drift
             yield f"{which} over a product's", Cost(found["seconds"] * rate / record["operations"], noise)
 
 
 def tail_noise(found: dict) -> float:
-    if "first_token_95_low" not in found:
-        return NOISE
-    return (found["first_token_95_high"] - found["first_token_95_low"]) / 2 / found["first_token_95"]
+    return spread(found, "first_token_95") if "first_token_95_low" in found else NOISE
 
 
 def other_costs(record: dict, name: str) -> Iterator[tuple[str, Cost]]:
@@ -256,6 +261,20 @@ def lost(before: dict, after: dict) -> list[str]:
     return [f"WORSE {name} failed: {why}" for name, why in failed.items() if name in old.get("seconds", {})]
 
 
+def ran(result: dict) -> set[str]:
+    """The sections of the suite and the other parts with costs."""
+    suite, rest = parts(result)
+    return {*(suite or {}).get("seconds", {}), *(name for name, part in rest.items() if any(records(part)))}
+
+
+def without_before(before: dict, after: dict) -> list[str]:
+    """What `after` ran and `before` did not, or not to its end."""
+    failed = (parts(before)[0] or {}).get("failed", {})
+    reasons = dict.fromkeys(ran(after) - ran(before), "not run before")
+    reasons |= {name: f"failed before, {why}" for name, why in failed.items()}
+    return [f"UNCOMPARED {name}: {reasons[name]}" for name in sorted(reasons.keys() & ran(after))]
+
+
 def same_machine(before: dict, after: dict) -> bool:
     """Whether two results are of one kind of machine and mode; what varies from run to run does not count."""
     names = ("cpu", "card", "threads", "isa", "torch", "transformers", "triton", "driver")
@@ -287,7 +306,7 @@ def compare(before: dict, after: dict, least: float = 0.03) -> tuple[list[str], 
     gone = [name for name in gone if old[name].record not in there]
     if not (both := old.keys() & new.keys()) and not gone:
         raise NothingInCommon("no case in common")
-    rows, bad = [], bool(gone)
+    rows, bad, blind = [], bool(gone), 0
     for name in sorted(both):
         a, b = old[name], new[name]
         grown = float("inf") if b.value == float("inf") else b.value / a.value - 1 if a.value else b.value
@@ -296,12 +315,14 @@ def compare(before: dict, after: dict, least: float = 0.03) -> tuple[list[str], 
         allowed = max(least, a.noise + b.noise)
         worse = grown > allowed
         bad |= worse
+        blind += allowed > BLIND
         text = "failed" if grown == float("inf") else f"{100 * grown:+.1f}% (noise {100 * allowed:.1f}%)"
         rows.append((grown - allowed, f"{'WORSE ' if worse else '      '}{name}  {text}"))
     lines = [f"WORSE {name}  is gone" for name in gone]
     lines += [line for _, line in sorted(rows, key=lambda row: -row[0])]
     lines += [f"      only before: {name}" for name in sorted(old.keys() - new.keys() - set(gone))]
     lines += [f"      only after: {name}" for name in sorted(new.keys() - both)]
+    lines.append(f"      {blind} of {len(both)} compared could only have shown a growth beyond {BLIND:.0%}")
     return lines, bad
 
 
@@ -328,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     if not same_machine(before, after):
         print("the machines, or the modes, differ: ratios to the reference need not be the same on both")
     failed = lost(before, after)
-    print("\n".join(failed + lines))
+    print("\n".join(failed + without_before(before, after) + lines))
     return int(bad or bool(failed))
 
 

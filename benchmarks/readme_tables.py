@@ -340,6 +340,7 @@ def of_suite(section: str, columns: dict[str, str], **having) -> str:
     """Cases of a section with those axes; columns: {contender: its title}, ours first."""
     records = records_of(section)
     records = [r for r in records if all(r["axes"].get(key) in values for key, values in having.items())]
+    records = [r for r in records if any("seconds" in found for found in r["contenders"].values())]
     if unknown := {name for record in records for name in record["contenders"]} - set(columns):
         raise ValueError(f"no column for {', '.join(sorted(unknown))}")
     rows = [[r["case"], *(times(r["contenders"].get(name)) for name in columns)] for r in records]

@@ -16,7 +16,9 @@ machine had while the point was measured: a CPU that others share is a third slo
 point is predicted with constants that were fitted to the other points of its phase, so the printed error is
 one of prediction. Memory is counted (`scaling_shapes.py`), nothing is fitted. For GPUs times are datasheet
 floors (`roofline.py`), which no kernel reaches; docs/scaling.md says by how much an H100 missed them. With
-`--suite` of a GPU they are floors by its measured ceilings, times what its model cases took over theirs.
+`--suite` of a GPU they are floors by its measured ceilings, times what its model cases took over theirs;
+`check` predicts each of these cases by the others of its phase. The exit status is 1 where a point, or bytes,
+are predicted more than 15% off.
 
 `scaling_shapes.py` counts, `scaling_features.py` says what is fitted, `scaling_ask.py` answers,
 `scaling_page.py` writes docs/scaling.md.
@@ -98,10 +100,10 @@ def by_phase(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 def check(points: Sequence[Point], whole: bool = False) -> list[Checked]:
     """Every point, predicted from the others of its phase, or, `whole`, from those of other cases; phases of
-    fewer than three points are left out."""
+    fewer than three points are left out, with one feature of fewer than two."""
     found = []
     for members in by_phase(points).values():
-        if len(members) < 3:
+        if len(members) < min(3, 1 + len(members[0].features)):
             continue
         for point in members:
             others = [p for p in members if p is not point and not (whole and p.case == point.case)]
@@ -120,7 +122,7 @@ def measured_points(result: dict, *more: dict) -> list[Point]:
 
 def unmodelled(result: dict, measured: Sequence[Point]) -> dict[str, int]:
     """{section: timed cases that have no point}"""
-    timed = [record for record in result["results"] if record.get("clock") != "none"]
+    timed = [r for r in result["results"] if any("seconds" in found for found in r["contenders"].values())]
     known = {p.case for p in measured}
     left = [r["section"] for r in timed if f"{r['section']}, {r['case']}" not in known]
     return {section: left.count(section) for section in dict.fromkeys(left)}
@@ -137,6 +139,10 @@ class Kept:
     @property
     def error(self) -> float:
         return self.predicted / self.measured - 1
+
+    @property
+    def within(self) -> bool:
+        return abs(self.error) <= TOLERANCE
 
 
 def memory_check(results: Sequence[dict]) -> list[Kept]:
@@ -213,17 +219,29 @@ class Machine:
         return predict(self.constants[ADD], add_features(pool, self.speed))
 
 
-def print_check(machine: Machine, checked: Sequence[Checked], kept: Sequence[Kept]) -> None:
-    print(machine.name)
+def tell(name: str, measured: Sequence[Point], checked: Sequence[Checked], kept: Sequence[Kept]) -> int:
+    """Print every error and how many are within; the exit status."""
+
+    def row(phase: str, what: str, numbers: str, found: Checked | Kept) -> None:
+        print(f"  {phase:32}{what:52}{numbers} {found.error:+7.1%}{'' if found.within else '  beyond'}")
+
+    print(name)
     for c in checked:
-        mark = "" if c.within else "  beyond"
         times = f"{duration(c.point.seconds):>9} measured {duration(c.predicted):>9} predicted"
-        print(f"  {c.point.phase:32}{c.point.name:52}{times} {c.error:+7.1%}{mark}")
-    for phase in machine.constants.keys() - {c.point.phase for c in checked}:
-        print(f"  {phase:32}unchecked: fewer than three points")
+        row(c.point.phase, c.point.name, times, c)
+    for phase in by_phase(measured).keys() - {c.point.phase for c in checked}:
+        print(f"  {phase:32}unchecked: too few points")
     for k in kept:
         sizes = f"{amount(k.measured):>9} measured {amount(k.predicted):>9} predicted"
-        print(f"  {'memory':32}{k.name:52}{sizes} {k.error:+7.1%}")
+        row("memory", k.name, sizes, k)
+    good, memory = (sum(found.within for found in group) for group in (checked, kept))
+    print(f"time: {good} of {len(checked)} within {TOLERANCE:.0%}")
+    if kept:
+        print(f"memory: {memory} of {len(kept)} within {TOLERANCE:.0%}")
+    worst = max(abs(c.error) for c in checked)
+    told = {"within": good, "points": len(checked), "largest_error": round(worst, 3)}
+    print(json.dumps(told | {"memory_within": memory, "memory_points": len(kept)}))
+    return int(good + memory < len(checked) + len(kept))
 
 
 def load(path: Path) -> dict:
@@ -241,12 +259,16 @@ def suite_result(path: Path) -> dict:
 
 def run_check(args: argparse.Namespace) -> int:
     result, *more = map(suite_result, (args.suite, *args.more))
-    if result["machine"].get("device") == "cuda":
-        raise SystemExit(f"{args.suite} is of a GPU, for which nothing is fitted: see `ask --suite`")
-    measured = measured_points(result, *more)
-    checked = check(measured)
-    if not checked:
+    if card := result["machine"].get("device") == "cuda":
+        if more or args.write or args.check:
+            raise SystemExit(f"{args.suite} is of a GPU: it is checked alone, no page is made of it")
+        from scaling_ask import card_points
+
+    measured = card_points(result) if card else measured_points(result, *more)
+    if not (checked := check(measured)):
         raise SystemExit("no phase has three points: run more of the suite")
+    if card:
+        return tell(result["machine"]["card"], measured, checked, [])
     machine = Machine.of(result, measured)
     kept = [*memory_check([*map(load, MEMORY), result]), *peak_check(result)]
     if args.write or args.check:
@@ -257,10 +279,7 @@ def run_check(args: argparse.Namespace) -> int:
         if args.check:
             return scaling_page.compare(page)
         scaling_page.write(machine, page)
-    print_check(machine, checked, kept)
-    within, worst = sum(c.within for c in checked), max(abs(c.error) for c in checked)
-    print(json.dumps({"within": within, "points": len(checked), "largest_error": round(worst, 3)}))
-    return int(within < len(checked))
+    return tell(machine.name, measured, checked, kept)
 
 
 def command(*paths: Path) -> str:

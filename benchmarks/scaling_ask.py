@@ -147,6 +147,14 @@ def card_cases(suite: dict, dtype: str = "bf16") -> Iterator[tuple[str, str, Cou
         yield phase, record["case"], counted[phase], found["seconds"]
 
 
+def card_points(suite: dict) -> list[features.Point]:
+    """A GPU's model cases in bf16; their one feature is the floor by what the card reached."""
+    card, cases = Card.of(suite, "bf16"), card_cases(suite)
+    return [
+        features.Point(phase, case, (card.floor(count),), seconds) for phase, case, count, seconds in cases
+    ]
+
+
 @dataclass(frozen=True)
 class Measured:
     """The machine of a suite result: its constants, and how well each phase was predicted."""
@@ -239,5 +247,6 @@ def answer(shape: Shape, pool: Pool, batch: Batch, where: Card | Measured) -> It
     room = where.memory - (whole - pool.memory(shape))
     fits = "fits" if whole <= where.memory else "does not fit"
     yield f"{'all':36}{amount(whole):>10}  {fits} into {amount(where.memory)}"
+    yield "not counted: activations; a training step keeps those of its whole batch"
     tasks = tasks_that_fit(shape, room, pool)
     yield f"tasks that fit beside the rest: {tasks:,}, with {tasks * pool.per_task:,} entries"

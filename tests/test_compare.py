@@ -115,7 +115,7 @@ def test_a_gpu_check_is_compared_with_its_suite_and_its_ops(tool, tmp_path, caps
         result["suite"]["failed"] = {} if name == "before" else {"model": "RuntimeError: wrong result"}
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     lines, bad = tool.compare(before, after)
-    assert not bad and sum("group=decode 1: mixture" in line for line in lines) == 1 and len(lines) == 9
+    assert not bad and sum("group=decode 1: mixture" in line for line in lines) == 1 and len(lines) == 10
     assert tool.main([str(tmp_path / f"{name}.json") for name in ("before", "after")]) == 1
     assert "WORSE model failed: RuntimeError: wrong result" in capsys.readouterr().out
     frozen = after["suite"]["results"][0]["contenders"]["frozen"]
@@ -252,3 +252,41 @@ def test_modes_are_those_of_sections(tool):
     assert not tool.compare(before, after)[1] and not tool.same_machine(before, after)
     after["suite"]["quick"]["model"], after["suite"]["machine"]["device"] = True, "cpu"
     assert not tool.compare(before, after)[1]
+
+
+def test_the_noise_of_a_median_shrinks_with_its_rounds(tool):
+    def grown(rounds):
+        before, after = load("suite_cpu_avx2"), load("suite_cpu_avx2")
+        for result, ratio in ((before, 3.0), (after, 2.6)):
+            contenders = result["results"][0]["contenders"]
+            spread = {"ratio_low": 0.95 * ratio, "ratio": ratio, "ratio_high": 1.05 * ratio, "rounds": rounds}
+            contenders["torch"] |= spread
+        lines, bad = tool.compare(before, after)
+        (line,) = (line for line in lines if "100 keys x 384 float32, 1 queries: time over torch" in line)
+        return line.startswith("WORSE"), bad
+
+    assert grown(40) == (True, True) and grown(4) == (False, False)  # 15.4% slower, noise 6.3% and 20%
+
+
+def test_what_could_not_have_been_seen_is_counted(tool):
+    lines, _ = tool.compare(load("suite_cpu_avx2"), load("suite_cpu_avx2"))
+    allowed = [float(line.rpartition("noise ")[2].removesuffix("%)")) for line in lines[:-1]]
+    blind = sum(noise > 20 for noise in allowed)
+    assert lines[-1] == f"      {blind} of {len(allowed)} compared could only have shown a growth beyond 20%"
+    assert 0 < blind < len(allowed)
+
+
+def test_sections_that_the_stored_result_lacks_are_named(tool, tmp_path, capsys):
+    before, after = load("nvidia_h100_80gb_hbm3"), load("nvidia_h100_80gb_hbm3")
+    after["suite"]["seconds"]["search"] = 1.0
+    after["bench"] = {"results": [{"group": "decode 1", "contender": "all", "error": "out of memory"}]}
+    found = tool.without_before(before, after)
+    assert found[0] == "UNCOMPARED bench: not run before" and found[2] == "UNCOMPARED search: not run before"
+    assert found[1].startswith("UNCOMPARED model: failed before, RuntimeError: ") and len(found) == 3
+    paths = [tmp_path / "before.json", tmp_path / "after.json"]
+    for path, result in zip(paths, (before, after), strict=True):
+        path.write_text(json.dumps(result))
+    assert tool.main([str(path) for path in paths]) == 0
+    assert "UNCOMPARED search: not run before" in capsys.readouterr().out
+    before["suite"]["failed"] = {}
+    assert tool.without_before(before, before) == []

@@ -407,7 +407,14 @@ def test_the_page_is_what_the_stored_result_makes_of_it(capsys, monkeypatch, tmp
     code, printed = run(capsys, "check", SUITE, "--check")
     assert code == 1 and "-# How it scaled" in printed and "+# How it scales" in printed
     code, printed = run(capsys, "check", SUITE, "--write")
-    assert code == 1 and json.loads(printed.splitlines()[-1])["points"] > 100  # some are beyond 15%
+    told = json.loads(printed.splitlines()[-1])
+    assert code == 1 and told["points"] > 100  # some are beyond 15%
+    assert f"time: {told['within']} of {told['points']} within 15%" in printed
+    assert (told["memory_within"], told["memory_points"]) == (10, 14)
+    assert (
+        "memory: 10 of 14 within 15%" in printed
+        and printed.count("  beyond") == 4 + told["points"] - told["within"]
+    )
     assert (tmp_path / "scaling.md").read_text() == page and (
         tmp_path / "scaling.png"
     ).stat().st_size > 10_000
@@ -433,6 +440,7 @@ def test_ask_answers_for_a_card(capsys):
     code, printed = run(capsys, *words)
     lines = lines_of(printed)
     assert code == 0 and "no kernel reaches them" in printed and "does not fit into 80 GB" in printed
+    assert "not counted: activations" in printed
     phases = ("key search", "adding a task", "mixture, decoding", "decoding step", "prefill", "training step")
     assert all(phase in lines for phase in phases)
     llama, pool = scaling_shapes.SHAPES["llama7b"], scaling_shapes.Pool(10_000)
@@ -484,6 +492,27 @@ def test_ask_answers_for_a_measured_card(capsys):
     assert "as measured" not in printed
 
 
+def test_a_cards_cases_are_checked_against_each_other(capsys, tmp_path):
+    code, printed = run(capsys, "check", CARD)
+    told = json.loads(printed.splitlines()[-1])
+    assert code == 0 and (told["within"], told["points"], told["memory_points"]) == (2, 2, 0)
+    assert "unchecked: too few points" in printed and "memory:" not in printed  # a prefill of one case
+    slower = json.loads(CARD.read_text())
+    slower["suite"]["results"][1]["contenders"]["on"]["seconds"] *= 1.5
+    (tmp_path / "card.json").write_text(json.dumps(slower))
+    code, printed = run(capsys, "check", tmp_path / "card.json")
+    assert code == 1 and "time: 0 of 2 within 15%" in printed
+
+
+def test_memory_that_is_off_fails_the_check(capsys):
+    import scaling
+
+    points = [scaling.Checked(scaling.Point("p", "a", (1.0,), 1.0), 1.1)]
+    kept = [scaling.Kept("a", 100, 110), scaling.Kept("b", 100, 120)]
+    assert scaling.tell("any", [], points, kept[:1]) == 0 and scaling.tell("any", [], points, kept) == 1
+    assert "memory: 1 of 2 within 15%" in capsys.readouterr().out
+
+
 def test_a_cards_training_step_is_of_its_layers():
     import scaling_ask
 
@@ -507,7 +536,9 @@ def test_files_that_cannot_answer_say_what_is_missing(capsys, tmp_path):
     assert "no case with the CPU's pace" in told(a_result(lambda i: 1.0) | {"results": []}, *words)
     assert "three points" in told(a_result(lambda i: 1.0) | {"results": []}, "check", path)
     assert "no ceilings, machine, results" in told({}, *words) and "no result" in told([], "check", path)
-    assert "nothing is fitted: see `ask --suite`" in told({"suite": card}, "check", path)
+    assert "is of a GPU: it is checked alone" in told({"suite": card}, "check", path, "--write")
+    one = card | {"results": card["results"][:1]}
+    assert "three points" in told({"suite": one}, "check", path)
     empty = card | {"ceilings": {}, "results": []}
     assert "neither measured ceilings nor model cases in bf16: there is --card H100" in told(empty, *words)
     unknown = card | {"machine": {"device": "cuda", "card": "RTX 1"}}

@@ -30,7 +30,7 @@ def a_result(ratio=3.0):
             "clock": "wall",
             "contenders": {"slm_fast": dict(ours), "faiss flat": dict(peer), "torch": {"error": "<none>"}},
         }
-        for keys in (1000, 10_000, 100_000)
+        for keys in (1000, 100_000, 1_000_000)
     ]
     for record in records:
         for name in ("seconds", "low", "high"):
@@ -62,9 +62,38 @@ def test_targets_of_the_search():
     result = a_result()
     rows = search.targets(result["results"], result["ceilings"])
     assert [row["holds"] for row in rows] == [True, True, False]
-    assert rows[-1]["reached"] == pytest.approx(0.384)  # 384 bytes a key in a microsecond, of 1 GB/s
+    assert rows[-1]["reached"] == pytest.approx(1 - 0.384)  # 384 bytes a key in a microsecond, of 1 GB/s
     rows = search.targets(a_result(1.4)["results"], result["ceilings"])
     assert [row["holds"] for row in rows[:2]] == [False, False]
+
+
+def test_growth_is_of_all_sizes_and_must_be_linear_at_the_bandwidth():
+    """No less, and no more, which is not possible."""
+    from suite import search
+
+    def judged(factor, bend=1.0):
+        records = a_result()["results"]
+        records.append(copy.deepcopy(records[-1]))
+        records[-1]["axes"]["keys"], records[-1]["bytes"] = 10_000_000, 3_840_000_000
+        for record in records:
+            record["contenders"]["slm_fast"]["seconds"] = 5e-5 + factor * record["bytes"] / 1e9
+        records[2]["contenders"]["slm_fast"]["seconds"] *= bend
+        skipped = records[-1] | {"bytes": None, "contenders": {"slm_fast": {"error": "no memory"}}}
+        line = search.growth([*records, skipped])
+        rows = search.targets(records, {"read_bytes_per_second": 1e9})[-2:]
+        assert [row["reached"] for row in rows] == [
+            pytest.approx(abs(line["bytes_per_second"] / 1e9 - 1)),
+            line["residual"],
+        ]
+        json.dumps(rows)
+        return line, [row["holds"] for row in rows]
+
+    line, holds = judged(1.05)
+    assert holds == [True, True] and line["residual"] == pytest.approx(0, abs=1e-6)
+    assert line["seconds_per_key"] == pytest.approx(1.05 * 384e-9) and line["to_keys"] == 10_000_000
+    assert judged(1.2)[1] == [False, True] and judged(0.8)[1] == [False, True]
+    line, holds = judged(1.05, bend=1.5)
+    assert holds[1] is False and line["residual"] > 0.1
 
 
 def test_the_page_has_plots_tables_and_failures(tmp_path):
@@ -81,7 +110,7 @@ def test_the_page_has_plots_tables_and_failures(tmp_path):
     text = page.write(result, tmp_path).read_text()
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("search_keys", "mixture_pool"))
     assert [r["axes"]["entries"] for r in page.of_pools(result["results"])] == [12, 10_000]
-    for part in ("data:image/svg+xml", "&lt;no&gt; model", "&lt;none&gt;", "10000 keys", ">2.00<", "3.00"):
+    for part in ("data:image/svg+xml", "&lt;no&gt; model", "&lt;none&gt;", "100000 keys", ">2.00<", "3.00"):
         assert part in text, part
     assert "nan" not in text.split("</style>")[1].lower().split("data:image")[0]
 
@@ -106,7 +135,7 @@ def test_results_are_compared():
     import compare
 
     lines, bad = compare.compare(a_result(), a_result())
-    assert not bad and len(lines) == 6
+    assert not bad and len(lines) == 7 and "0 of 6 compared" in lines[-1]
     lines, bad = compare.compare(a_result(), a_result(2.0))
     assert bad and sum(line.startswith("WORSE") for line in lines) == 3
     assert "time over faiss flat" in lines[0]
@@ -284,8 +313,17 @@ def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     assert result["failed"] == {"search": "RuntimeError: out of luck"}
     assert [record["section"] for record in result["results"]] == ["search", "section"]
     assert {"cpu", "commit", "threads", "megahertz", "memory_bytes"} <= set(result["machine"])
-    assert len(result["targets"]) == 1 and (tmp_path / "suite.html").is_file()
+    assert [row["wanted"] for row in result["targets"]] == ["x", "<= 300"]  # the mode's time, of all sections
+    assert 0 < result["targets"][1]["reached"] < 300 and (tmp_path / "suite.html").is_file()
     assert "FAILED: RuntimeError: out of luck" in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_there_is_an_error(monkeypatch, capsys):
+    from suite import command
+
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    assert command.main(["search", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "slm-fast bench: there is no CUDA device here\n"
 
 
 def test_results_are_compared_by_the_command(capsys, tmp_path):

@@ -1,5 +1,9 @@
+import copy
+import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,10 +53,87 @@ def test_search_cases_are_right(peers):
         case = search.Problem(300, 384, "cpu", cold=cold, peers=peers).case(5)
         names = [contender.name for contender in case.contenders]
         assert names == ["slm_fast", "slm_fast, no codes", "torch", *peers]
-        assert (case.copies > 1) == cold and case.warm is True and case.skipped == {}
+        assert (case.copies > 1) == cold and case.warm is True
+        assert case.skipped == ({} if peers else dict.fromkeys(search.PEERS, "not asked for"))
         for contender in case.contenders:
             found = contender.run(case.copies - 1)
             assert contender.check is None or contender.check(found) is None
+
+
+def searches(monkeypatch, quick, available=1 << 40):
+    """{(keys, queries, kind of the case): what is left out} of the section's list on a CPU."""
+    from suite import search
+    from suite.cases import Case
+
+    class Listed:
+        def __init__(self, num_keys, dim, device, dtype=torch.float32, cold=False, peers=(), reason=""):
+            self.sizes, self.cold = (num_keys, dim, dtype), cold
+            self.skipped = {name: reason for name in search.PEERS if name not in peers}
+
+        def case(self, count):
+            return Case("search", *search.named(*self.sizes, count, self.cold), [], skipped=self.skipped)
+
+    monkeypatch.setattr(search, "Problem", Listed)
+    monkeypatch.setattr(search, "refresh_case", lambda keys: Case("search", "", {"kind": "refresh"}, []))
+    monkeypatch.setattr(search, "available_bytes", lambda device: available)
+    found = [(case.axes, case.skipped) for case in search.cases(quick, "cpu") if "keys" in case.axes]
+    return {(a["keys"], a["queries"], a["cache"], a["dim"]): skipped for a, skipped in found}
+
+
+def test_every_size_and_peer_that_a_search_leaves_out_is_named(monkeypatch):
+    from suite import search
+
+    full, graphs = searches(monkeypatch, False), set(search.PEERS[1:])
+    sizes = {(keys, count, "hot", 384) for keys in search.SIZES for count in (1, 4, 16, 64, 256)}
+    assert full.keys() == sizes | {(1000, 1, "cold", 384), (100, 1, "hot", 2688)}
+    left = {key[:2] for key, skipped in full.items() if "slm_fast" in skipped}
+    assert left == {(1_000_000, 256), (10_000_000, 64), (10_000_000, 256)}
+    assert "256,000,000 scores" in full[1_000_000, 256, "hot", 384]["slm_fast"]
+    for (keys, count, cache, dim), skipped in full.items():
+        if (keys, count) not in left:
+            built = 1000 <= keys <= 100_000 and cache == "hot" and dim == 384
+            assert set(skipped) == (set() if built else graphs)
+    quick = searches(monkeypatch, True)
+    assert [key for key, skipped in quick.items() if not skipped] == [
+        (10_000, n, "hot", 384) for n in (1, 16)
+    ]
+    short = searches(monkeypatch, False, available=8 << 30)
+    assert {key[0] for key, skipped in short.items() if "memory" in str(skipped)} == {10_000_000}
+    assert short[10_000_000, 1, "hot", 384] == {"slm_fast": "needs 12.3 GB of memory, 8.59 GB are free"}
+
+
+def test_a_problem_says_why_its_peers_take_no_part(monkeypatch):
+    from suite import search
+
+    keys = search.make_keys(40, 16, "cpu")
+    monkeypatch.setattr(search, "make_keys", lambda *_: keys)
+    on_cuda = search.Problem(40, 16, "cuda", peers=search.PEERS[:1], reason="too many").skipped
+    assert (
+        on_cuda == dict.fromkeys(search.PEERS, on_cuda["faiss flat"]) and "has flat" in on_cuda["faiss ivf"]
+    )
+    monkeypatch.setattr(search, "available_bytes", lambda device: 0)
+    half = search.Problem(40, 16, "cpu", dtype=torch.float16).skipped
+    assert "float16" in half["torch"] and "memory" in half["faiss flat"]
+
+
+def test_a_case_that_is_left_out_costs_nothing_and_is_compared_with_nothing():
+    import compare
+    from suite import command, page
+    from suite.cases import FULL, Case, measure
+
+    case = Case(
+        "search", "a", {"keys": 7, "queries": 1, "cache": "hot", "dim": 384}, [], skipped={"slm_fast": "no"}
+    )
+    begin = time.perf_counter()
+    record = measure(case, FULL)
+    assert time.perf_counter() - begin < 0.5 and "pace" not in record
+    assert record["contenders"] == {"slm_fast": {"error": "no"}}
+    assert list(command.lines(record, {"copy_bytes_per_second": 1.0, "operations_per_second": {}}))[
+        1
+    ].endswith("no")
+    assert compare.of_suite({"results": [record]}, None) == {}
+    (plot,) = (plot for plot in page.PLOTS if plot.file == "search_keys")
+    assert page.chosen([record], plot) == []
 
 
 def test_mixture_cases_are_right():
@@ -152,6 +233,31 @@ def test_served_tokens_are_judged_by_the_reference():
     assert "likeliest" in mixed(tokens["on"][::-1]) and "lengths" in mixed([row[:-1] for row in tokens["on"]])
 
 
+def test_serving_is_measured_at_once_and_then_under_load(monkeypatch):
+    """Of a small model; under load no time is taken."""
+    pytest.importorskip("slm_fast.continuous", exc_type=ImportError)
+    import contenders
+    from suite import serve
+    from suite.cases import Effort
+
+    base = contenders.random_llama(32, 64, 2, 4, 64, torch.float32)
+    monkeypatch.setattr(serve.common, "make_base", lambda name, dtype: base)
+    monkeypatch.setattr(serve, "Effort", lambda *_: Effort(1, 1, 0.0))  # a call begins and ends a server
+    records = serve.records(True, "cpu", Effort(2, 2, 0.1))
+    record = next(records)
+    assert record["section"] == "serve" and record["axes"]["arrivals"] == "at once"
+    assert set(record["contenders"]) == set(serve.CONTENDERS)
+    for found in record["contenders"].values():
+        assert 0 < found["first_token_50"] <= found["first_token_95"] < found["seconds"]
+        assert found["tokens_per_second"] == pytest.approx(4 * 6 / found["seconds"])
+    names = dict.fromkeys(serve.CONTENDERS, {})
+    monkeypatch.setattr(serve, "measure", lambda case, effort: {"axes": case.axes, "contenders": names})
+    (loaded,) = records
+    assert (loaded["axes"]["arrivals"], loaded["axes"]["load"]) == ("poisson", 0.5)
+    assert loaded["axes"]["rate"] == pytest.approx(record["contenders"]["on"]["tokens_per_second"] / 6 / 2)
+    assert serve.targets([record], {}) == []
+
+
 def test_a_protocol_without_ours_is_recorded():
     from suite import quality
 
@@ -214,6 +320,121 @@ def test_cases_of_a_model_on_a_gpu_are_right(monkeypatch):
     case = gpu_model.decode_case(base, 3, graph=False)
     with pytest.raises(RuntimeError, match="wrong logits.*nothing is timed"):
         measure(case, effort)
+
+
+def test_cases_of_a_model_on_a_cpu_are_right(monkeypatch):
+    """Of a small model in place of the section's."""
+    from suite import command, model
+    from suite.cases import Effort
+
+    def small(*args):
+        return model.common.random_llama(64, 128, 2, 4, 500, torch.bfloat16)
+
+    for module, name, instead in (
+        (model.common, "make_base", small),
+        (model.bench_training, "make_base", lambda name, dtype: small().to(dtype).train()),
+        (model.first_token, "records", lambda base, counts, effort: iter([])),
+    ):
+        monkeypatch.setattr(module, name, instead)
+    monkeypatch.setattr(model, "prefill_case", lambda *args, made=model.prefill_case: made(*args[:2], 2, 16))
+    decode, prefill, step = model.records(True, "cpu", Effort(2, 2, 0.0))
+    kinds = [record["axes"]["kind"] for record in (decode, prefill, step)]
+    assert kinds == ["decode", "prefill", "step"] and step["ours"] == "engine"
+    names = {"frozen", "off", "on", "merged", "peft", "dense"}
+    for record, contenders in (
+        (decode, names),
+        (prefill, names),
+        (step, {"frozen", "engine", "peft", "dense"}),
+    ):
+        assert contenders <= set(record["contenders"]) <= contenders | {"frozen fp32"}
+        for found in record["contenders"].values():
+            assert found["tokens_per_second"] * found["seconds"] == pytest.approx(
+                record["axes"]["rows"] * record["axes"].get("tokens", 1)
+            )
+        ceilings = {"read_bytes_per_second": 1e9, "operations_per_second": {"float32": 1e11}}
+        assert "GFLOP/s" in next(command.lines(record, ceilings))
+    (row,) = model.targets([decode, prefill, step], {})
+    assert row["reached"] == pytest.approx(1 / step["contenders"]["peft"]["ratio"])
+
+
+def test_a_training_steps_operations_are_counted():
+    """Forward and backward as PyTorch counts them, where no weight learns and attention is whole."""
+    from suite import gpu_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    base = gpu_model.make_base("cpu", **SMALL).float().requires_grad_(False)
+    ids = torch.ones(4, 32, dtype=torch.long)
+    case = gpu_model.training_case("wide", {}, base, ids, ())
+    base.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        inputs = base.get_input_embeddings()(ids).requires_grad_()
+        base(inputs_embeds=inputs).logits.sum().backward()
+    features = 2 * (4 * 128 + 3 * (64 + 128))
+    mixture, attention = 6 * 4 * 32 * 2 * 8 * features, 3 * 2 * 4 * 32 * 32 * 64 * 2
+    assert case.operations == pytest.approx(counter.get_total_flops() - attention + mixture, rel=0.02)
+    assert case.bytes > 2 * 4 * gpu_model.linears(base) and case.dtype == "float32"
+
+
+STORED = json.loads((ROOT / "benchmarks" / "results" / "suite_cpu_avx2.json").read_text())
+
+
+def targets_of(section, change=None):
+    """{what: row} of a section's targets in the stored result; change: of a record, by its case and axes."""
+    from suite import command
+
+    records = copy.deepcopy([r for r in STORED["results"] if r["section"] == section])
+    for record in records if change else ():
+        change(record["axes"], record["contenders"])
+    rows = command.SECTIONS[section].targets(records, STORED["ceilings"])
+    return {row["what"]: row for row in rows}
+
+
+def test_targets_of_the_mixture_are_of_decoding_and_of_pools():
+    from suite import mixture
+
+    decoding = "mixture, decoding, 32 distinct rows: gather and bmm / slm_fast"
+    pools = "mixture, pools of 12 to 10,000 entries, 8 rows: dearest / 12 entries"
+    rows = targets_of("mixture")
+    assert list(rows) == [decoding, pools] and all(row["holds"] for row in rows.values())
+    (record,) = (
+        r for r in STORED["results"] if r["case"].startswith("update, 32 x 1") and "distinct" in r["case"]
+    )
+    assert rows[decoding]["reached"] == record["contenders"]["torch"]["ratio"] >= 3
+
+    def worse(axes, contenders):
+        if axes["kind"] == "flat":
+            contenders["10,000 entries"] = {"error": "wrong"}
+        elif "torch" in contenders:
+            contenders["torch"]["ratio"] = 2.9
+
+    rows = targets_of("mixture", worse)
+    assert [row["holds"] for row in rows.values()] == [False, False] and rows[pools]["reached"] == math.inf
+
+    def without_peer(axes, contenders):
+        contenders["torch"] = {"error": "not installed"}
+
+    assert list(targets_of("mixture", without_peer)) == [pools]
+    assert mixture.targets([], {}) == []
+
+
+def test_the_target_of_the_model_is_its_training_step():
+    what = "model, training step, wide, 8 x 128 tokens: ours / PEFT"
+    rows, records = targets_of("model"), (r for r in STORED["results"] if r["section"] == "model")
+    (record,) = (record for record in records if record["axes"]["kind"] == "step")
+    assert list(rows) == [what] and rows[what]["holds"] and rows[what]["wanted"] == "<= 1.05"
+    assert rows[what]["reached"] == pytest.approx(1 / record["contenders"]["peft"]["ratio"])
+
+    def change(peft):
+        return lambda axes, contenders: contenders.update(peft=peft)
+
+    assert not targets_of("model", change({"ratio": 0.9}))[what]["holds"]
+    assert targets_of("model", change({"error": "not installed"})) == {}
+
+
+def test_targets_of_the_stored_search():
+    rows = list(targets_of("search").values())[-2:]
+    assert ["growth from 100,000 to 10,000,000 keys" in row["what"] for row in rows] == [True, True]
+    assert all(row["wanted"] == "<= 0.1" for row in rows)
 
 
 @counts_tokens
@@ -289,6 +510,7 @@ def test_the_first_token_begins_with_texts(minilm):
     from conftest import word_tokenizer
     from suite import first_token, gpu_model
     from suite.cases import Effort, measure
+    from torch.utils.flop_counter import FlopCounterMode
 
     words = ["[PAD]", "[EOS]", "[UNK]", *sorted(set(first_token.VOCABULARY))]
     tokenizer = word_tokenizer(words, padding_side="left")
@@ -304,7 +526,12 @@ def test_the_first_token_begins_with_texts(minilm):
     assert numbers["encoder_seconds"] > 1e-3  # it encodes at every call
     assert sum(numbers.values()) == pytest.approx(record["contenders"]["on"]["seconds"], rel=0.5)
     checks = {contender.name: contender.check for contender in case.contenders}
-    frozen, mixed = paths["frozen"](), paths["on"]()
+    with FlopCounterMode(display=False) as counter:  # the mixtures are not in it
+        frozen = paths["frozen"]()
+        model.encoder.encode(paths["on"].texts)
+    mixture = 2 * 3 * case.axes["tokens"] * 2 * 8 * 2 * (4 * 128 + 3 * (64 + 128))
+    assert case.operations == pytest.approx(counter.get_total_flops() + mixture, rel=0.15)
+    mixed = paths["on"]()
     assert checks["frozen"](frozen) is None and checks["on"](mixed) is None
     assert "wrong logits" in checks["on"](frozen) and "wrong logits" in checks["on"](mixed[[1, 2, 0]])
 

@@ -60,7 +60,7 @@ class Case:
     """`copies`: of the inputs, which calls take in turns, so that each finds the caches cold.
 
     warm: right after a call that is not timed, of the copy before, where calls are short.
-    skipped: {contender: why it does not take part}.
+    skipped: {contender: why it does not take part}; of a case without contenders ours.
     """
 
     section: str
@@ -200,7 +200,7 @@ def measure(case: Case, effort: Effort, clock=None) -> dict:
     record |= {"bytes": case.bytes, "operations": case.operations, "dtype": case.dtype}
     record |= {"clock": clock.name, "contenders": {}}
     runs, first, found = {}, {}, record["contenders"]
-    probes = machine.probes() if clock.name == "wall" else {}
+    probes = machine.probes() if clock.name == "wall" and case.contenders else {}
     for contender in case.contenders:
         try:
             with Peak(clock.name) as peak:

@@ -20,10 +20,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import contenders as common
 import torch
 from contenders import ENTRIES, RANK, TARGETS, TOP_K
+from scaling_shapes import SHAPES, Batch, Pool, count_prefill, of_config
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -138,6 +140,21 @@ def exact_logits(model, routing: Routing, tokenize: Callable, texts: list[str]) 
     return [by_rows(answered, tokenize, texts), by_rows(lambda _: exact.base_model, tokenize, texts)]
 
 
+def work(base: nn.Module, model, routing: Routing, tokens: int) -> tuple[float, float]:
+    """(bytes, operations) of `on`: the texts' pass for the query and the one that answers. MiniLM's counts
+    where it is on the base's device, the tokenizer and the search do not."""
+    shape, pool = of_config(base.config, "base"), Pool(4, size=base.dtype.itemsize)
+    batch, entry = Batch(routing.num_rows, tokens, top_k=0), RANK * common.factor_features(model)
+    passes = [count_prefill(shape, pool, batch)]
+    if model.slm_config.route_in_prefill:
+        passes.append(count_prefill(replace(shape, layers=shape.layers // 2, vocab=0), pool, batch))
+    elif base.device.type == "cpu":  # whose texts have two tokens of its own
+        passes.append(count_prefill(SHAPES["minilm"], Pool(4, size=4), replace(batch, tokens=tokens + 2)))
+    moved = sum(count.bytes for count in passes) + pool.size * common.distinct_entries(routing) * entry
+    mixture = 2 * batch.rows * tokens * TOP_K * entry
+    return moved, sum(count.operations for count in passes) + mixture
+
+
 def case(base: nn.Module, model, tokenizer, rows: int) -> tuple[Case, dict[str, FirstToken]]:
     """The case and its contenders by name."""
     texts, prefills, device = make_texts(rows), model.slm_config.route_in_prefill, base.device
@@ -183,7 +200,8 @@ def case(base: nn.Module, model, tokenizer, rows: int) -> tuple[Case, dict[str, 
     axes |= {"entries": model.pool.num_entries, "dtype": dtype_name(base.dtype)}
     name = f"first token, smol, {rows} {'row' if rows == 1 else 'rows'} of text"
     name += ", routed in the prefill" if prefills else ""
-    return Case("model", name, axes, contenders, OURS, dtype=axes["dtype"]), paths
+    moved, operations = work(base, model, routing, tokens)
+    return Case("model", name, axes, contenders, OURS, moved, operations, dtype=axes["dtype"]), paths
 
 
 def records(base: nn.Module, counts: tuple[int, ...], effort: Effort) -> Iterator[dict]:

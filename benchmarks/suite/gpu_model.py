@@ -17,10 +17,12 @@ import torch
 import transformers
 from bench_prefill import operations_share
 from contenders import RANK, TARGETS, TOP_K
+from scaling_shapes import Batch, Pool, count_training, of_config
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from suite.cases import Case, contenders_of
+from suite.machine import dtype_name
 
 PROMPT, CONTEXT, ENTRIES = 128, 256, 12  # tokens; tokens of the cache; of the pool
 SHAPE = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
@@ -144,24 +146,26 @@ def prefill_case(base: nn.Module, rows: int, tokens: int) -> Case:
 
 
 def step_case(device: str, rows: int, tokens: int, **shape) -> Case:
-    """A training step of a few layers of that width, bf16, learnt factors in fp32; `engine` is ours."""
+    """A training step of a few layers of that width, bf16, learnt factors in fp32."""
     base = make_base(device, **({"num_hidden_layers": WIDE_LAYERS} | shape)).train()
     ids = bench_training.make_ids(base, rows, tokens).to(device)
-    steps, wrong = training_steps(base, ids, ("frozen", "engine", "peft", "dense"))
-    axes = {"kind": "step", "model": NAME, "layers": base.config.num_hidden_layers, "dtype": "bfloat16"}
-    axes |= {"rows": rows, "tokens": tokens, "targets": "all", "checkpointing": "off"}
-    name = f"training step, {NAME} wide, {rows} x {tokens} tokens"
-    return Case("model", name, axes, contenders_of(steps, wrong=wrong), "engine", dtype="bfloat16")
+    axes = {"model": NAME, "layers": base.config.num_hidden_layers, "dtype": "bfloat16"}
+    return training_case(f"{NAME} wide", axes, base, ids, ("frozen", "engine", "peft", "dense"))
 
 
-def training_steps(base: nn.Module, ids: Tensor, names: tuple[str, ...]) -> tuple[dict, dict[str, str]]:
-    """({contender: its step}, {contender: why it has no time}), on all linears."""
-    steps, wrong = {}, {}
+def training_case(name: str, axes: dict, base: nn.Module, ids: Tensor, contenders: tuple[str, ...]) -> Case:
+    """A step on all linears; `engine` is ours."""
+    (rows, tokens), steps, wrong, entries = ids.shape, {}, {}, bench_training.ENTRIES
     bench_training.verify(base, TARGETS["all"], ids[:4, :32], False, wrong)
-    for name in names:
-        with common.excused(name, wrong):
-            steps[name] = bench_training.make_step(name, base, TARGETS["all"], ids, False)
-    return steps, {name: reason for name, reason in wrong.items() if name in names}
+    for contender in contenders:
+        with common.excused(contender, wrong):
+            steps[contender] = bench_training.make_step(contender, base, TARGETS["all"], ids, False)
+    runs = contenders_of(steps, wrong={n: reason for n, reason in wrong.items() if n in contenders})
+    axes |= {"kind": "step", "rows": rows, "tokens": tokens, "targets": "all", "checkpointing": "off"}
+    pool, batch = Pool(entries, RANK, entries, size=base.dtype.itemsize), Batch(rows, tokens, top_k=TOP_K)
+    count, name = count_training(of_config(base.config, name), pool, batch), f"training step, {name}"
+    work, dtype = (count.bytes, count.operations), dtype_name(base.dtype)
+    return Case("model", f"{name}, {rows} x {tokens} tokens", axes, runs, "engine", *work, dtype=dtype)
 
 
 def cases(quick: bool, device: str) -> Iterator[Case]:

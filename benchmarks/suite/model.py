@@ -73,14 +73,10 @@ def prefill_case(name: str, base: nn.Module, rows: int, tokens: int) -> Case:
 
 
 def step_case(name: str, rows: int, tokens: int, contenders: tuple[str, ...]) -> Case:
-    """A training step, fp32, all linears; `engine` is ours."""
-    setting = {"model": name, "dtype": "fp32", "targets": "all", "checkpointing": "off"}
+    """A training step, fp32."""
     base = bench_training.make_base(name, torch.float32)
     ids = bench_training.make_ids(base, rows, tokens)
-    steps, wrong = gpu_model.training_steps(base, ids, contenders)
-    axes = {"kind": "step", "rows": rows, "tokens": tokens} | setting
-    case_name = f"training step, {name}, {rows} x {tokens} tokens"
-    return Case("model", case_name, axes, contenders_of(steps, wrong=wrong), "engine", dtype="float32")
+    return gpu_model.training_case(name, {"model": name, "dtype": "fp32"}, base, ids, contenders)
 
 
 def memory_record(name: str, rows: int, rounds: int, repeats: int) -> dict:

@@ -83,10 +83,11 @@ def of_pools(results: list[dict]) -> list[dict]:
 
 
 def chosen(results: list[dict], plot: Plot) -> list[dict]:
-    """The records of a plot in the order of its axis."""
+    """The measured records of a plot in the order of its axis."""
     results = results + of_pools(results)
     found = [r for r in results if r["section"] == plot.section and plot.axis in r["axes"]]
     found = [r for r in found if all(r["axes"].get(key) == value for key, value in plot.having.items())]
+    found = [r for r in found if any(plot.values[0] in times for times in r["contenders"].values())]
     return sorted(found, key=lambda record: record["axes"][plot.axis])
 
 
@@ -212,7 +213,9 @@ def write(result: dict, folder: Path) -> Path:
             body.append(
                 f"<p>From {line['from_keys']:,} to {line['to_keys']:,} keys a query takes "
                 f"{1e9 * line['seconds_per_key']:.2f} ns more for each key, "
-                f"{line['bytes_per_second'] / 1e9:.1f} GB/s of what it reads.</p>"
+                f"{line['bytes_per_second'] / 1e9:.1f} GB/s of what it reads"
+                + (f"; times are at most {line['residual']:.0%} off that line" if "residual" in line else "")
+                + ".</p>"
             )
     for section, reason in result.get("skipped", {}).items():
         body.append(f"<p>{section}: {html.escape(reason)}</p>")
