@@ -53,6 +53,7 @@ RETRIEVALS = {
     "all layers, whitened, 256 directions": SLMConfig(statistics_rank=256),
     "all layers, whitened, keys of entries": SLMConfig(label_keys=False),
     "all layers, whitened": SLMConfig(),
+    "all layers, whitened, temperature fitted": SLMConfig(temperature="auto"),
     "all layers, whitened, all directions": SLMConfig(statistics_rank=1 << 20),
 }
 TOP_K = 4  # entries of a row, as in the protocols

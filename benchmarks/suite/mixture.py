@@ -358,7 +358,7 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
     prefill = [(8, 128, RANK, TOP_K, "distinct")]
     if not quick:
         prefill += [(rows, length, RANK, TOP_K, "distinct") for rows, length in ((1, 128), (8, 32), (8, 512))]
-        prefill += [(8, 128, RANK, TOP_K, popularity) for popularity in ("zipf", "identical")]
+        prefill += [(8, 128, RANK, TOP_K, popularity) for popularity in POPULARITY[1:]]
         prefill += [(8, 128, 64, TOP_K, "distinct"), (8, 128, RANK, 4, "distinct")]
     for rows, length, rank, top_k, popularity in prefill:
         yield update_case(rows, length, 64, rank, top_k, popularity, device)
