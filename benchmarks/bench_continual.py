@@ -43,8 +43,10 @@ PROTOCOLS = {
     + ["--epochs", "8", "--methods", "slm,oracle", "--evaluate", "last"],
     "llama3": ["--benchmark", "llama3", "--order", "all", "--methods", "slm,oracle", "--max-train", "150"]
     + ["--max-test", "60"],
+    "t5_fewshot": ["--benchmark", "t5_fewshot", "--order", "all", "--methods", "slm,oracle", "--epochs", "5"]
+    + ["--max-test", "100"],
     "all25": ["--benchmark", "all25", "--methods", "slm,oracle", "--evaluate", "last"]
-    + ["--max-train", "800", "--max-steps", "12", "--max-length", "96", "--max-test", "50"],
+    + ["--max-train", "800", "--max-steps", "40", "--max-length", "96", "--max-test", "50"],
 }
 SAME = ("cpu", "cores", "threads", "isa", "torch", "transformers")  # of the machine, within a file of results
 # Accuracy of a logistic regression on the frozen encoder's embeddings.
