@@ -163,7 +163,7 @@ def test_full_mode_has_prefill_of_popular_entries_and_layers_of_many_tokens(monk
         monkeypatch.setattr(mixture, name, lambda *args, name=name: built.append((name, *args)))
     list(mixture.cases(False, "cpu"))
     prefill = {args[4:7:2] for args in built if args[0] == "update_case" and args[2] == 128 and args[1] == 8}
-    assert prefill == {(8, "distinct"), (8, "zipf"), (8, "identical"), (64, "distinct")}
+    assert prefill == {*((8, popularity) for popularity in mixture.POPULARITY), (64, "distinct")}
     assert {args[3] for args in built if args[0] == "layer_case"} == {1, 128}
     assert len({args for args in built if args[0] == "update_case"}) == sum(
         a[0] == "update_case" for a in built
