@@ -157,7 +157,7 @@ def routing_means(found: dict) -> list[str]:
 COST = {"hubs": "hubs", "bytes": "MB", "milliseconds": "ms a search"}
 
 
-OF_FIVE = "python benchmarks/bench_routing.py --benchmark bert5 --pool RUN/slm"
+OF_FIVE = "python benchmarks/bench_routing.py --benchmark bert5 --backbone smollm2 --pool RUN/slm"
 
 
 def costs(retrievals: list[dict], encoding: float) -> tuple[list[str], list[list[str]]]:
