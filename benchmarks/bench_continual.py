@@ -69,9 +69,8 @@ def run(name: str, output: Path, data: str | None, seeds: str | None = None) -> 
     """The reports of a protocol's runs, which are made if they are not there."""
     path = output / name / "report.json"
     found = read_runs(path)
-    missing = (
-        set(seeds.split(",")) - {str(r["settings"]["seeds"]["run"]) for r in found} if seeds else not found
-    )
+    there = {str(of["settings"]["seeds"]["run"]) for of in found}
+    missing = not found if seeds is None else set(seeds.split(",")) - there
     if missing:
         common = ["--output", str(path.parent)]
         common += ["--trained", str(output / "trained"), "--queries", str(output / "queries")]

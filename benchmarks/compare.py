@@ -47,9 +47,8 @@ WORDS = ("benchmark", "model", "dtype", "targets", "checkpointing", "name", "gro
 SIZES = ("entries", "rows", "tokens")
 KEYS = (*WORDS, *SIZES)
 NOISE = 0.05  # of a time whose spread was not kept, and of memory
-SURE = (
-    4.0  # of 153 ratios of unchanged code 95% moved by less than 2.5 between two runs, all by less than 3.9
-)
+# Ratios of unchanged code move between two runs by less than 2.5 in 95% of 153 cases, less than 3.9 in all.
+SURE = 4.0
 BLIND = 0.2
 SMALL = 4e6  # bytes of resident memory, below which a call's peak says nothing; see suite/memory.py
 

@@ -155,8 +155,6 @@ def routing_means(found: dict) -> list[str]:
 
 
 COST = {"hubs": "hubs", "bytes": "MB", "milliseconds": "ms a search"}
-
-
 OF_FIVE = "python benchmarks/bench_routing.py --benchmark bert5 --backbone smollm2 --pool RUN/slm"
 
 
@@ -341,14 +339,21 @@ def suite_command() -> str:
     return f"python -m benchmarks {' '.join(load(SUITE)['seconds'])}"
 
 
+def timed(records: list[dict], columns: dict[str, str]) -> list[dict]:
+    """The records with times. Raises ValueError where a contender has no column."""
+    found = [r for r in records if any("seconds" in of for of in r["contenders"].values())]
+    if unknown := {name for record in found for name in record["contenders"]} - set(columns):
+        raise ValueError(f"no column for {', '.join(sorted(unknown))}")
+    return found
+
+
 def of_suite(section: str, columns: dict[str, str], **having) -> str:
     """Cases of a section with those axes; columns: {contender: its title}, ours first."""
     records = records_of(section)
     records = [r for r in records if all(r["axes"].get(key) in values for key, values in having.items())]
-    records = [r for r in records if any("seconds" in found for found in r["contenders"].values())]
-    if unknown := {name for record in records for name in record["contenders"]} - set(columns):
-        raise ValueError(f"no column for {', '.join(sorted(unknown))}")
-    rows = [[r["case"], *(times(r["contenders"].get(name)) for name in columns)] for r in records]
+    rows = [
+        [r["case"], *(times(r["contenders"].get(name)) for name in columns)] for r in timed(records, columns)
+    ]
     return captioned(["case", *columns.values()], rows, {SUITE: suite_command()})
 
 
@@ -392,20 +397,16 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def of_models(records: list[dict]) -> str:
-    """Whole models' cases with times: what they are, and what multiple of ours. Raises ValueError where a
-    time has no column."""
-    timed = []
-    for record in records:
-        found = {{"engine": "on"}.get(name, name): of for name, of in record["contenders"].items()}
-        if any("seconds" in of for of in found.values()):
-            timed.append((record, found))
-    if unknown := {name for _, found in timed for name in found} - set(MODEL_COLUMNS):
-        raise ValueError(f"no column for {', '.join(sorted(unknown))}")
-    columns = {n: title for n, title in MODEL_COLUMNS.items() if any(n in found for _, found in timed)}
+    """Whole models' cases: times, and what multiple of ours they are, in the columns that are needed."""
+    ours = {"engine": "on"}  # as training steps call it
+    named = [r | {"contenders": {ours.get(n, n): of for n, of in r["contenders"].items()}} for r in records]
+    records = timed(named, MODEL_COLUMNS)
+    columns = {n: title for n, title in MODEL_COLUMNS.items() if any(n in r["contenders"] for r in records)}
     rows = []
-    for record, found in timed:
+    for record in records:
         dtype = record["axes"]["dtype"]
-        rows.append([record["case"], SHORT.get(dtype, dtype), *(times(found.get(name)) for name in columns)])
+        cells = [times(record["contenders"].get(name)) for name in columns]
+        rows.append([record["case"], SHORT.get(dtype, dtype), *cells])
     return table(["case", "dtype", *columns.values()], rows)
 
 
